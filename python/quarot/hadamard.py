@@ -105,7 +105,11 @@ def transform(x: Tensor, size: int | None = None, scale: float | None = None) ->
     # Sylvester's H_2^p is a product of H_2 on every bit of the index: five bits a matrix product.
     for low in range(0, power, _RADIX):
         bits = min(_RADIX, power - low)
-        y = _factor_like(1 << bits, y.dtype, y.device) @ y.reshape(-1, 1 << bits, 1 << low)
+        sylvester = _factor_like(1 << bits, y.dtype, y.device)
+        if low == 0:  # symmetric, so the lowest bits may take the faster product from the right
+            y = y.reshape(-1, 1 << bits) @ sylvester
+        else:
+            y = sylvester @ y.reshape(-1, 1 << bits, 1 << low)
     if factor > 1:
         y = _factor_like(factor, y.dtype, y.device).mT @ y.reshape(-1, factor, 1 << power)
     return (y * scale).reshape(x.shape).to(x.dtype)
