@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ _WEIGHT_BITS = (4, 16)
 _ACTIVATION_BITS = (4, 8, 16)
 _KV_BITS = (4, 8, 16)
 _WEIGHT_GROUPS = (0, 32, 64, 128, 256)
+_SWITCHES = ("w_clip_search", "a_symmetric", "r1", "r2", "r3", "r4", "head_hadamard")
 
 _NO_ROTATION: dict[str, Any] = {
     "rotation": "none", "r1": False, "r2": False, "r3": False, "r4": False, "head_hadamard": False,
@@ -35,7 +37,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 DEFAULT_RECIPE = "quarot-rtn"
 
-_PRESET = re.compile(r"W(\d+)A(\d+)KV(\d+)(?:-g(\d+))?(?:-([a-z][a-z-]*))?")
+_PRESET = re.compile(r"W(\d+)A(\d+)KV(\d+)(?:-g(\d+))?(?:-([a-z][a-z-]*))?", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +97,21 @@ class QuarotConfig:
         _one_of("recipe", self.recipe, tuple(RECIPES))
         _ratio("a_clip", self.a_clip)
         _ratio("kv_clip", self.kv_clip)
-        if not self.w_clip_norm > 0:
-            raise ValueError(f"w_clip_norm: got {self.w_clip_norm}, needs a number above 0")
+        if not (_is_number(self.w_clip_norm) and 0 < self.w_clip_norm < math.inf):
+            raise ValueError(f"w_clip_norm: got {self.w_clip_norm!r}, needs a number above 0")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed: got {self.seed!r}, needs an integer ≥ 0")
         if self.rotation == "none" and (self.r1 or self.r2):
             raise ValueError('rotation: got "none" with r1 or r2 on; needs both off, or a matrix')
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, needs true or false")
+        if self.clips is not None and not isinstance(self.clips, Mapping):
+            raise ValueError(f"clips: got {self.clips!r}, needs a mapping of sites to ratios")
         for site, ratios in (self.clips or {}).items():
             _one_of("clips", site, SITES)
+            if isinstance(ratios, str) or not isinstance(ratios, Sequence):
+                raise ValueError(f"clips[{site!r}]: got {ratios!r}, needs one ratio for each layer")
             for ratio in ratios:
                 _ratio(f"clips[{site!r}]", ratio)
 
@@ -177,7 +186,9 @@ class QuarotConfig:
         known = {f.name for f in dataclasses.fields(cls) if f.init}
         unknown = sorted(fields.keys() - known)
         if unknown:
-            raise ValueError(f"quantization_config: unknown fields {unknown}; known: {sorted(known)}")
+            raise ValueError(
+                f"quantization_config: unknown fields {unknown}; known: {sorted(known)}"
+            )
         return cls(**fields)
 
 
@@ -186,6 +197,10 @@ def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
         raise ValueError(f"{name}: got {value!r}, needs one of {', '.join(map(str, allowed))}")
 
 
-def _ratio(name: str, value: float) -> None:
-    if not 0 < value <= 1:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _ratio(name: str, value: Any) -> None:
+    if not (_is_number(value) and 0 < value <= 1):
         raise ValueError(f"{name}: got {value!r}, needs a ratio in (0, 1]")
