@@ -73,13 +73,19 @@ def split(n: int) -> tuple[int, int, int]:
     return size, -factor, power
 
 
-def transform(x: Tensor, size: int | None = None, scale: float | None = None) -> Tensor:
+def transform(
+    x: Tensor,
+    size: int | None = None,
+    scale: float | None = None,
+    factor: Tensor | None = None,
+) -> Tensor:
     """Multiply each block of `size` entries of the last dimension by H: scale * x @ H.
 
     Args:
         x: [..., n], float64, float32, bfloat16 or float16.
         size: block length, K * 2^p and a divisor of n; None = the largest, 1 = no transform.
         scale: None = 1 / sqrt(size), which makes the transform orthonormal.
+        factor: [K, K], in place of the constructed one of this size.
 
     Returns:
         Tensor of x's shape and dtype. float64 and float32 compute in their own precision, 16-bit
@@ -93,14 +99,15 @@ def transform(x: Tensor, size: int | None = None, scale: float | None = None) ->
         return x.clone()
     if size is None:
         size = split(n)[0]
-    if size < 1 or n % size or split(size)[0] != size:
+    order = split(max(size, 1))[1] if factor is None else factor.shape[0]
+    power = (size // order).bit_length() - 1
+    if size < 1 or n % size or order << power != size:
         raise ValueError(
             f"size: got {size} for a last dimension of {n}, needs a divisor of it of the form "
-            "K * 2^p with K a constructible factor"
+            f"K * 2^p with K a {'constructible factor' if factor is None else 'factor of ' + str(order)}"
         )
     if scale is None:
         scale = 1 / math.sqrt(size)
-    _, factor, power = split(size)
     y = x if x.dtype in (torch.float32, torch.float64) else x.float()
     # Sylvester's H_2^p is a product of H_2 on every bit of the index: five bits a matrix product.
     for low in range(0, power, _RADIX):
@@ -110,17 +117,23 @@ def transform(x: Tensor, size: int | None = None, scale: float | None = None) ->
             y = y.reshape(-1, 1 << bits) @ sylvester
         else:
             y = sylvester @ y.reshape(-1, 1 << bits, 1 << low)
-    if factor > 1:
-        y = _factor_like(factor, y.dtype, y.device).mT @ y.reshape(-1, factor, 1 << power)
+    if order > 1:
+        matrix = _factor_like(order, y.dtype, y.device) if factor is None else factor.to(y)
+        y = matrix.mT @ y.reshape(-1, order, 1 << power)
     return (y * scale).reshape(x.shape).to(x.dtype)
 
 
-def transform_heads(x: Tensor, heads: int | None = None, scale: float | None = None) -> Tensor:
-    """Transform [..., H, D] across the heads, in blocks of `heads`: scale * (H_heads (x) I_D).
+def transform_heads(
+    x: Tensor,
+    heads: int | None = None,
+    scale: float | None = None,
+    factor: Tensor | None = None,
+) -> Tensor:
+    """Transform [..., H, D] across the heads, in blocks of `heads`: scale * x (H_heads (x) I_D).
 
     Same rules as `transform`, on the dimension before the last.
     """
-    return transform(x.mT, heads, scale).mT.contiguous()
+    return transform(x.mT, heads, scale, factor).mT.contiguous()
 
 
 def random_signs(n: int, seed: int) -> Tensor:
