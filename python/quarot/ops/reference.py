@@ -1,0 +1,379 @@
+"""The ops in plain torch: the executable specification of quarot's arithmetic (DESIGN section 4).
+
+Every function has the name and the arguments of its wrapper in `quarot.ops`, runs on any device,
+and works in float32 in the order that the kernels keep, so that a kernel is compared with it bit by
+bit where no transform, norm or exponential comes before the codes. It is also what
+`backend="reference"` and a device without a kernel run. Weights are canonical here (packed
+[n, k/2]): `prepack_int4` is the identity. float64 inputs keep their precision where nothing is
+quantized (bits=16).
+
+Two traps of eager torch are avoided throughout: dividing by a Python number multiplies by its
+reciprocal on CUDA, so divisors are tensors; and integer matrix products do not exist there, so sums
+of int codes are taken in float32, in slices short enough to be exact.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quarot import hadamard as _hadamard
+
+Quantized = tuple[Tensor, Tensor | None, Tensor | None]
+"""(codes, scale, zero): zero None when symmetric; scale None too when bits = 16."""
+
+_SCALE_FLOOR = 2.0**-126  # smallest normal float32: below it 1 / scale may overflow
+_KV_SCALE_RANGE = (2.0**-14, 65504.0)  # normal float16 numbers
+_EXACT_K = 2**24 // (8 * 128)  # longest sum of int8 x int4 products that float32 holds exactly
+_SCORES = 1 << 23  # attention scores held at once
+
+
+def hadamard(
+    x: Tensor,
+    size: int | None = None,
+    *,
+    factor: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Blocks of `size` of the last dimension times H; computed in float32, one rounding."""
+    return _hadamard.transform(x, size, scale, factor)
+
+
+def quantize(
+    x: Tensor,
+    bits: int = 4,
+    *,
+    symmetric: bool = True,
+    clip: float = 1.0,
+    group: int = 0,
+    packed: bool = False,
+) -> Quantized:
+    """Codes, scale and zero point per row, or per `group` columns of a row."""
+    if bits == 16:
+        return x, None, None
+    rows = x.float().unflatten(-1, (-1, group)) if group else x.float()
+    if x.shape[-1] == 0:
+        low = high = rows.new_zeros((*rows.shape[:-1], 1))
+    else:
+        low, high = rows.aminmax(dim=-1, keepdim=True)
+    finite = low.isfinite() & high.isfinite()
+    ratio = torch.full_like(low, clip)
+    shift = 2 ** (bits - 1)
+    if symmetric:
+        span, steps = ratio * torch.maximum(-low, high), shift - 1
+    else:
+        low, high = ratio * low.clamp(max=0), ratio * high.clamp(min=0)
+        span, steps = high - low, 2**bits - 1
+    scale = span / torch.full_like(span, steps)
+    scale = torch.where(scale < _SCALE_FLOOR, 1.0, scale)
+    inverse = scale.reciprocal()
+    codes = (rows * inverse).round()
+    zero = None
+    if symmetric:
+        codes = codes.clamp(-shift, shift - 1)
+    else:  # unsigned codes, stored shifted into the signed range
+        offset = (-low * inverse).round()
+        codes = (codes + offset).clamp(0, steps) - shift
+        zero = torch.where(finite, offset - shift, 0).squeeze(-1).int()
+    codes = torch.where(finite, codes, 0).to(torch.int8).reshape(x.shape)
+    scale = torch.where(finite, scale, torch.nan).squeeze(-1)
+    return pack_int4(codes) if packed else codes, scale, zero
+
+
+def dequantize(
+    q: Tensor, scale: Tensor, zero: Tensor | None = None, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """scale * (code - zero), computed in float32."""
+    codes = unpack_int4(q) if q.dtype == torch.uint8 else q
+    grouped = scale.ndim == codes.ndim
+    rows = codes.unflatten(-1, (scale.shape[-1], -1)) if grouped else codes
+    values = rows.float() if zero is None else (rows - zero.unsqueeze(-1)).float()
+    return (values * scale.unsqueeze(-1)).reshape(codes.shape).to(dtype)
+
+
+def pack_int4(q: Tensor) -> Tensor:
+    """int8 [..., n] in [-8, 7] -> uint8 [..., n/2]; the even index in the low nibble."""
+    low, high = q[..., 0::2].view(torch.uint8), q[..., 1::2].view(torch.uint8)
+    return (low & 15) | (high << 4)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """uint8 [..., n/2] -> int8 [..., n]: the inverse of `pack_int4`."""
+    signed = packed.view(torch.int8)
+    return torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).flatten(-2)
+
+
+def hadamard_quantize(
+    x: Tensor,
+    size: int | None = None,
+    *,
+    factor: Tensor | None = None,
+    scale_hadamard: float | None = None,
+    bits: int = 4,
+    symmetric: bool = True,
+    clip: float = 1.0,
+    group: int = 0,
+    packed: bool = False,
+) -> Quantized:
+    """`hadamard`, then `quantize`, without a rounding in between."""
+    y = _hadamard.transform(_wide(x), size, scale_hadamard, factor)
+    return _finish(y, x.dtype, bits, symmetric, clip, group, packed)
+
+
+def rmsnorm_quantize(
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    bits: int = 4,
+    symmetric: bool = True,
+    clip: float = 1.0,
+    group: int = 0,
+    packed: bool = False,
+) -> Quantized:
+    """x / sqrt(mean(x^2) + eps) * weight, then `quantize`."""
+    y = _wide(x)
+    y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight.to(y.dtype)
+    return _finish(y, x.dtype, bits, symmetric, clip, group, packed)
+
+
+def glu_hadamard_quantize(
+    gate_up: Tensor,
+    activation: str = "silu",
+    size: int | None = 1,
+    *,
+    factor: Tensor | None = None,
+    scale_hadamard: float | None = None,
+    bits: int = 4,
+    symmetric: bool = True,
+    clip: float = 1.0,
+    group: int = 0,
+    packed: bool = False,
+) -> Quantized:
+    """activation(gate) * up, then `hadamard`, then `quantize`; gate_up is [..., gate | up]."""
+    gate, up = _wide(gate_up).chunk(2, dim=-1)
+    if activation == "silu":
+        y = F.silu(gate) * up
+    elif activation == "gelu":
+        y = F.gelu(gate) * up
+    elif activation == "gelu_tanh":
+        y = F.gelu(gate, approximate="tanh") * up
+    else:
+        raise ValueError(f"activation: got {activation!r}, needs silu, gelu or gelu_tanh")
+    y = _hadamard.transform(y, size, scale_hadamard, factor)
+    return _finish(y, gate_up.dtype, bits, symmetric, clip, group, packed)
+
+
+def head_hadamard_quantize(
+    x: Tensor,
+    heads: int | None = 1,
+    *,
+    factor: Tensor | None = None,
+    scale_hadamard: float | None = None,
+    bits: int = 4,
+    symmetric: bool = True,
+    clip: float = 1.0,
+    group: int = 0,
+    packed: bool = False,
+) -> Quantized:
+    """x [..., H, D] times (H_heads (x) I) in blocks of `heads` heads, then `quantize` of H * D."""
+    y = _hadamard.transform_heads(_wide(x), heads, scale_hadamard, factor).flatten(-2)
+    return _finish(y, x.dtype, bits, symmetric, clip, group, packed)
+
+
+def linear_int4(
+    x_q: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    w: Tensor,
+    w_scale: Tensor,
+    w_sum: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """((acc * x_scale) * w_scale) summed over groups (+ bias) (+ residual), acc exact."""
+    x_q = unpack_int4(x_q) if x_q.dtype == torch.uint8 else x_q
+    weight = unpack_int4(w)
+    groups = w_scale.shape[-1]
+    width = weight.shape[-1] // groups
+    y = torch.zeros((), device=x_q.device)
+    for g in range(groups):
+        columns = slice(g * width, (g + 1) * width)
+        acc = _exact_product(x_q[..., columns], weight[:, columns])
+        if x_zero is not None:
+            if w_sum is None:
+                raise ValueError("w_sum: got None, needs int32 [n, groups] where x_zero is given")
+            acc = acc.double() - x_zero.unsqueeze(-1).double() * w_sum[:, g].double()
+        y = y + acc.float() * x_scale.unsqueeze(-1) * w_scale[:, g]
+    if bias is not None:
+        y = y + bias.float()
+    if residual is not None:
+        y = y + residual.float()
+    return y.to(out_dtype)
+
+
+def prepack_int4(w_packed: Tensor) -> Tensor:
+    """The identity: the reference reads the canonical layout."""
+    return w_packed.clone()
+
+
+def unprepack_int4(w: Tensor, n: int, k: int) -> Tensor:
+    """The inverse of `prepack_int4`."""
+    return w.clone()
+
+
+def rope_hadamard_kv_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_codes: Tensor,
+    k_scale: Tensor,
+    k_zero: Tensor,
+    v_codes: Tensor,
+    v_scale: Tensor,
+    v_zero: Tensor,
+    start: Tensor,
+    *,
+    bits: int,
+    size: int = 1,
+    factor: Tensor | None = None,
+    k_clip: float = 0.95,
+    v_clip: float = 0.95,
+) -> Tensor:
+    """Rotate q and k, quantize k and v, write them at `start` of the cache; return q."""
+    batch, tokens = k.shape[:2]
+    position = start.long()[:, None] + torch.arange(tokens, device=k.device)
+    if k.device.type == "cpu" and tokens and batch:  # elsewhere this would wait for the device
+        first, last = int(start.min()), int(start.max()) + tokens
+        if first < 0 or last > k_codes.shape[2]:
+            raise ValueError(
+                f"start: tokens {first} to {last - 1} do not fit a capacity of {k_codes.shape[2]}"
+            )
+    row = torch.arange(batch, device=k.device)[:, None]
+    q_rotated = _hadamard.transform(_rope(q, cos, sin), size, None, factor)
+    k_rotated = _hadamard.transform(_rope(k, cos, sin), size, None, factor)
+    for x, clip, cache in (
+        (k_rotated, k_clip, (k_codes, k_scale, k_zero)),
+        (v.float(), v_clip, (v_codes, v_scale, v_zero)),
+    ):
+        for store, value in zip(cache, _quantize_kv(x, bits, clip), strict=True):
+            store[row, :, position] = value
+    return q_rotated.to(q.dtype)
+
+
+def attention(
+    q: Tensor,
+    k_codes: Tensor,
+    k_scale: Tensor,
+    k_zero: Tensor,
+    v_codes: Tensor,
+    v_scale: Tensor,
+    v_zero: Tensor,
+    lengths: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bits: int,
+    scale: float,
+) -> Tensor:
+    """Causal softmax attention of q [B, S, H, D] over the quantized cache, in float32."""
+    batch, queries, heads, dim = q.shape
+    kv_heads = k_codes.shape[1]
+    length = int(lengths.max()) if q.numel() else 0
+    if length == 0:
+        return torch.zeros_like(q, memory_format=torch.contiguous_format)
+    keys = _dequantize_kv(k_codes, k_scale, k_zero, length, bits)
+    values = _dequantize_kv(v_codes, v_scale, v_zero, length, bits)
+    column = torch.arange(length, device=q.device)
+    # What lies beyond a row's length is not a key: whatever memory holds there must not reach 0 * v.
+    beyond = column >= lengths[:, None]
+    broken = ~(v_scale[:, :, :length].isfinite() | beyond[:, None])
+    values = values.masked_fill((beyond[:, None] | broken)[..., None], 0)
+    out = torch.empty(batch, kv_heads, heads // kv_heads, queries, dim, device=q.device)
+    grouped = q.float().permute(0, 2, 1, 3).unflatten(1, (kv_heads, -1))
+    block = max(1, _SCORES // (batch * heads * length))
+    for begin in range(0, queries, block):
+        end = min(begin + block, queries)
+        row = torch.arange(begin, end, device=q.device)
+        last = (lengths - queries)[:, None] + row
+        visible = (column <= last[..., None])[:, None]
+        if mask is not None:
+            visible = visible & mask[:, :, begin:end, :length]
+        visible = visible.expand(-1, heads, -1, -1).unflatten(1, (kv_heads, -1))
+        scores = grouped[:, :, :, begin:end] @ keys.mT[:, :, None] * scale
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+        weights = weights.masked_fill(~visible, 0)  # a row that sees nothing is 0, not NaN
+        part = weights @ values[:, :, None]
+        if broken.any():  # a NaN value reaches only the queries that see it
+            part[(visible & broken[:, :, None, None]).any(-1)] = torch.nan
+        out[:, :, :, begin:end] = part
+    return out.flatten(1, 2).permute(0, 2, 1, 3).to(q.dtype).contiguous()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _finish(
+    y: Tensor,
+    dtype: torch.dtype,
+    bits: int,
+    symmetric: bool,
+    clip: float,
+    group: int,
+    packed: bool,
+) -> Quantized:
+    if bits == 16:
+        return y.to(dtype), None, None
+    return quantize(y, bits, symmetric=symmetric, clip=clip, group=group, packed=packed)
+
+
+def _exact_product(x: Tensor, w: Tensor) -> Tensor:
+    """x [..., k] @ w [n, k] of int8 codes, w in [-8, 7], without a rounding."""
+    slices = list(zip(x.split(_EXACT_K, dim=-1), w.split(_EXACT_K, dim=-1), strict=True))
+    parts = [a.float() @ b.float().mT for a, b in slices]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.stack([part.double() for part in parts]).sum(0)
+
+
+def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + R/2) of the first R entries of x [B, S, heads, D]; float32."""
+    x, cos, sin = x.float(), cos.float().unsqueeze(2), sin.float().unsqueeze(2)
+    rotary = cos.shape[-1]
+    first, second = x[..., : rotary // 2], x[..., rotary // 2 : rotary]
+    turned = torch.cat((-second, first), dim=-1)
+    return torch.cat((x[..., :rotary] * cos + turned * sin, x[..., rotary:]), dim=-1)
+
+
+def _quantize_kv(x: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor, Tensor]:
+    """float32 [..., D] -> codes uint8 [..., D * bits / 8], scale float16 [...], zero uint8 [...]."""
+    top = 2**bits - 1
+    low, high = x.aminmax(dim=-1, keepdim=True)
+    finite = low.isfinite() & high.isfinite()
+    ratio = torch.full_like(low, clip)
+    low, high = ratio * low.clamp(max=0), ratio * high.clamp(min=0)
+    scale = ((high - low) / torch.full_like(low, top)).clamp(*_KV_SCALE_RANGE).half()
+    inverse = scale.float().reciprocal()
+    zero = (-low * inverse).round().clamp(0, top)
+    codes = ((x * inverse).round() + zero).clamp(0, top)
+    codes = torch.where(finite, codes, 0).to(torch.uint8)
+    if bits == 4:
+        codes = codes[..., 0::2] | codes[..., 1::2] << 4
+    scale = torch.where(finite, scale, torch.nan)
+    zero = torch.where(finite, zero, 0).to(torch.uint8)
+    return codes, scale.squeeze(-1), zero.squeeze(-1)
+
+
+def _dequantize_kv(codes: Tensor, scale: Tensor, zero: Tensor, length: int, bits: int) -> Tensor:
+    """The first `length` cached vectors as float32 [B, kv_heads, length, D]."""
+    codes, scale, zero = codes[:, :, :length], scale[:, :, :length], zero[:, :, :length]
+    if bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+    return (codes.float() - zero.float().unsqueeze(-1)) * scale.float().unsqueeze(-1)
