@@ -1,7 +1,7 @@
 """Run LLaMA-family models with 4-bit weights, 4- or 8-bit activations and a 4-bit KV cache.
 
     model = quarot.convert(model, "W4A4KV4")    # a loaded transformers model, in place
-    model.save_pretrained("out")                # and back: quarot.load("out"), from_pretrained("out")
+    model.save_pretrained(path)                 # and back: quarot.load(path)
     quarot.ops.hadamard_quantize(x, bits=4)     # the kernels, as torch ops
 
 Importing quarot registers it with transformers: quarot checkpoints load through `from_pretrained`.

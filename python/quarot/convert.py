@@ -49,7 +49,7 @@ def convert(
             bfloat16, float16 or float32, on one or more devices.
         config: a preset such as "W4A4KV4" or "W4A8KV4-g64-rtn", a `QuarotConfig`, or its
             dictionary form.
-        seed: seed of the random rotation, where `config` is a preset (a `QuarotConfig` has its own).
+        seed: seed of the random rotation where `config` is a preset (other forms have their own).
         backend: "kernel", or "reference" = the executable specification in plain torch.
         progress: show a progress bar on stderr.
 
@@ -86,7 +86,7 @@ def _resolve(config: str | QuarotConfig | Mapping[str, Any], seed: int) -> Quaro
     if isinstance(config, Mapping):
         return QuarotConfig.from_dict(config)
     raise TypeError(
-        f"config: got {type(config).__name__}, needs a preset, a QuarotConfig or its dictionary form"
+        f"config: got {type(config).__name__}, needs a preset, a QuarotConfig or its dictionary"
     )
 
 
@@ -104,9 +104,7 @@ def _convert(
     rotate.rotate_embeddings(model, arch, rotations)
     rotate.rotate_head(model, arch, rotations)
     layers = model.get_submodule(arch.layers)
-    steps = tqdm(
-        range(len(layers)), desc=config.preset, unit="layer", disable=not progress
-    )
+    steps = tqdm(range(len(layers)), desc=config.preset, unit="layer", disable=not progress)
     for index in steps:
         layer = layers[index]
         rotate.rotate_layer(layer, arch, geometry, rotations, index)
@@ -124,9 +122,7 @@ def quantize_layer(
     """Return the quantized twin of a (rotated) transformers layer, whose weights are freed."""
     weight = layer.get_submodule(arch.q).weight
     # On the meta device: it takes over the tensors below instead of copying them.
-    new = hf.new_layer(
-        layer, arch, geometry, config, index, weight.dtype, "meta", backend
-    )
+    new = hf.new_layer(layer, arch, geometry, config, index, weight.dtype, "meta", backend)
     state: dict[str, Tensor] = {}
     for path in arch.linears:
         linear: Any = layer.get_submodule(path)
@@ -152,21 +148,15 @@ def check(model: Any, config: QuarotConfig) -> tuple[Architecture, Geometry]:
     """Raise ValueError if `model` cannot be converted by `config`; change nothing."""
     transformers_config = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or transformers_config is None:
-        raise ValueError(
-            f"model: got {type(model).__name__}, needs a transformers causal LM"
-        )
+        raise ValueError(f"model: got {type(model).__name__}, needs a transformers causal LM")
     arch = describe(transformers_config)
     _check_state(model, arch)
     geometry = arch.geometry(transformers_config)
     config.check_layers(geometry.layers)
     if config.rotation == "given":
-        raise ValueError(
-            'rotation: got "given", which has no matrices here; use quarot.rotate'
-        )
+        raise ValueError('rotation: got "given", which has no matrices here; use quarot.rotate')
     if config.kv_bits == 4 and geometry.head_dim % 2:
-        raise ValueError(
-            f"model: got head_dim {geometry.head_dim}, needs an even one for KV4"
-        )
+        raise ValueError(f"model: got head_dim {geometry.head_dim}, needs an even one for KV4")
     for index, layer in enumerate(model.get_submodule(arch.layers)):
         _check_layer(layer, f"{arch.layers}.{index}", arch, geometry, config)
     _check_tensors(model)
@@ -181,21 +171,13 @@ def _check_state(model: Any, arch: Architecture) -> None:
             f"model: {type(model).__name__} has no {', '.join(missing)}, needs a causal LM "
             "(AutoModelForCausalLM) without adapters or wrappers"
         )
-    if any(
-        isinstance(layer, DecoderLayer) for layer in model.get_submodule(arch.layers)
-    ):
-        raise ValueError(
-            "model: is already converted by quarot; load the original model again"
-        )
+    if any(isinstance(layer, DecoderLayer) for layer in model.get_submodule(arch.layers)):
+        raise ValueError("model: is already converted by quarot; load the original model again")
     method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     method = getattr(method, "quant_method", None)
     if method is not None and str(getattr(method, "value", method)) != "gguf":
-        raise ValueError(
-            f"model: is already quantized by {method}; load it without quantization"
-        )
-    places = {
-        str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()
-    }
+        raise ValueError(f"model: is already quantized by {method}; load it without quantization")
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
     if "disk" in places or ("cpu" in places and len(places) > 1):
         raise ValueError("model: is offloaded (device_map); load it without offloading")
 
@@ -218,21 +200,20 @@ def _check_layer(
     """Check that a layer holds exactly what the architecture describes, in the right shapes."""
     q, kv = geometry.heads * geometry.head_dim, geometry.kv_heads * geometry.head_dim
     hidden, inner = geometry.hidden, geometry.intermediate
-    shapes = dict(
-        zip(
-            arch.linears,
-            ((q, hidden), (kv, hidden), (kv, hidden), (hidden, q))
-            + ((inner, hidden), (inner, hidden), (hidden, inner)),
-            strict=True,
-        )
-    )
+    shapes = {
+        arch.q: (q, hidden),
+        arch.k: (kv, hidden),
+        arch.v: (kv, hidden),
+        arch.o: (hidden, q),
+        arch.gate: (inner, hidden),
+        arch.up: (inner, hidden),
+        arch.down: (hidden, inner),
+    }
     described = {f"{path}.weight" for path in (*arch.linears, *_norms(arch))}
     described |= {f"{path}.bias" for path in arch.linears}
     unknown = sorted(set(layer.state_dict()) - described)
     if unknown:
-        raise ValueError(
-            f"model: {name} has {unknown[0]}, which {arch.model_type} layers have not"
-        )
+        raise ValueError(f"model: {name} has {unknown[0]}, which {arch.model_type} layers have not")
     for path, shape in shapes.items():
         linear = layer.get_submodule(path) if _has(layer, path) else None
         if type(linear) is not nn.Linear:
@@ -266,15 +247,11 @@ def _check_tensors(model: nn.Module) -> None:
     dtypes = {}
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
-            raise ValueError(
-                f"model: {name} is on the meta device; load its weights first"
-            )
+            raise ValueError(f"model: {name} is on the meta device; load its weights first")
         dtypes[parameter.dtype] = name
         if parameter.dtype not in DTYPES or len(dtypes) > 1:
             got = ", ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
-            raise ValueError(
-                f"model: got {got}, needs one dtype of {', '.join(map(str, DTYPES))}"
-            )
+            raise ValueError(f"model: got {got}, needs one dtype of {', '.join(map(str, DTYPES))}")
     for name, parameter in model.named_parameters():
         # A sum is finite only if every term is; float64 keeps large ones from overflowing.
         if not torch.isfinite(parameter.detach().sum(dtype=torch.float64)):
@@ -322,6 +299,4 @@ def _make_unusable(model: Any, error: BaseException) -> None:
         )
 
     used = ("__call__", "forward", "generate", "save_pretrained", "push_to_hub")
-    model.__class__ = type(
-        type(model).__name__, (type(model),), dict.fromkeys(used, refuse)
-    )
+    model.__class__ = type(type(model).__name__, (type(model),), dict.fromkeys(used, refuse))

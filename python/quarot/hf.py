@@ -33,6 +33,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from quarot.config import QuarotConfig
 from quarot.models import Architecture, Geometry, describe
 from quarot.modules.decoder_layer import DecoderLayer
+from quarot.modules.linear import QuantizedLinear
 
 BACKENDS = ("kernel", "reference")
 MARKER = " [quarot checkpoint: run 'import quarot' before from_pretrained]"
@@ -44,9 +45,7 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 on_the_fly: Callable[..., Any] | None = None
 """`convert`, set by quarot.convert (this module is below it and may not import it)."""
 
-_backend: contextvars.ContextVar[str] = contextvars.ContextVar(
-    "quarot_backend", default="kernel"
-)
+_backend: contextvars.ContextVar[str] = contextvars.ContextVar("quarot_backend", default="kernel")
 
 # safetensors' names of the dtypes a checkpoint may hold.
 _DTYPE_NAMES = {
@@ -64,9 +63,7 @@ class QuarotQuantizer(HfQuantizer):
         self.backend = _backend.get()
         self.stored_dtype: torch.dtype | None = None
 
-    def validate_environment(
-        self, *args: Any, device_map: Any = None, **kwargs: Any
-    ) -> None:
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse device maps that offload: accelerate's hooks would compute with wrong values."""
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         places = {str(place) for place in places}
@@ -87,19 +84,13 @@ class QuarotQuantizer(HfQuantizer):
 
     def _open(self, config: Any) -> Any:
         if getattr(config, "distributed_config", None) is not None:
-            raise ValueError(
-                "tp_plan, distributed_config: quarot models run on one process only"
-            )
+            raise ValueError("tp_plan, distributed_config: quarot models run on one process only")
         if self.pre_quantized:
             config.hidden_act = config.hidden_act.removesuffix(MARKER)
             stored = config.dtype
             stored = getattr(torch, stored, None) if isinstance(stored, str) else stored
-            if (
-                stored is None
-            ):  # transformers would open the weights, even a pickle, to guess it
-                raise ValueError(
-                    "config.json: got no dtype, needs the dtype of the checkpoint"
-                )
+            if stored is None:  # transformers would open the weights, even a pickle, to guess it
+                raise ValueError("config.json: got no dtype, needs the dtype of the checkpoint")
             self.stored_dtype = stored
         return config
 
@@ -111,14 +102,10 @@ class QuarotQuantizer(HfQuantizer):
                 "use_kernels: got True, needs False: quarot layers are kernels already"
             )
         if not checkpoint_files:
-            raise ValueError(
-                "from_pretrained: got no checkpoint files, needs safetensors files"
-            )
+            raise ValueError("from_pretrained: got no checkpoint files, needs safetensors files")
         for file in checkpoint_files:
             if not str(file).endswith(".safetensors"):
-                raise ValueError(
-                    f"checkpoint: got {file}, needs .safetensors files (no pickles)"
-                )
+                raise ValueError(f"checkpoint: got {file}, needs .safetensors files (no pickles)")
         if self.pre_quantized:
             install_layers(model, self.quantization_config, self.backend)
             check_headers(model, checkpoint_files, self.stored_dtype)
@@ -130,15 +117,11 @@ class QuarotQuantizer(HfQuantizer):
                 layer.fuse()
             return adopt(model, self.quantization_config)
         if on_the_fly is None:
-            raise RuntimeError(
-                "on-the-fly conversion needs the whole package: import quarot"
-            )
+            raise RuntimeError("on-the-fly conversion needs the whole package: import quarot")
         self.remove_quantization_config(model)  # convert starts from an ordinary model
         return on_the_fly(model, self.quantization_config, backend=self.backend)
 
-    def get_state_dict_and_metadata(
-        self, model: Any
-    ) -> tuple[dict[str, torch.Tensor], dict]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict]:
         """Return the canonical tensors on the CPU, each with memory of its own."""
         state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
         for name, tensor in state.items():
@@ -167,9 +150,7 @@ AUTO_QUANTIZER_MAPPING["quarot"] = QuarotQuantizer
 
 def layer_biases(layer: nn.Module, arch: Architecture) -> frozenset[str]:
     """Return the paths of a transformers layer's linears that have a bias."""
-    return frozenset(
-        path for path in arch.linears if layer.get_submodule(path).bias is not None
-    )
+    return frozenset(path for path in arch.linears if layer.get_submodule(path).bias is not None)
 
 
 def install_layers(model: Any, config: QuarotConfig, backend: str = "kernel") -> None:
@@ -225,9 +206,7 @@ def adopt(model: Any, config: QuarotConfig) -> Any:
     model.quantization_method = config.quant_method
     model.config.quantization_config = config
     model.config._is_quantized = True
-    model.config._attn_implementation = (
-        "quarot"  # ours: others ignore padding or the int4 cache
-    )
+    model.config._attn_implementation = "quarot"  # ours: others ignore padding or the int4 cache
     model.config.hidden_act = model.config.hidden_act.removesuffix(MARKER) + MARKER
     decoder = model.get_submodule(describe(model.config).decoder)
     for module in (model, decoder):
@@ -245,9 +224,7 @@ def adopt(model: Any, config: QuarotConfig) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def check_headers(
-    model: Any, files: list[str], stored_dtype: torch.dtype | None
-) -> None:
+def check_headers(model: Any, files: list[str], stored_dtype: torch.dtype | None) -> None:
     """Compare the headers of safetensors `files` with the tensors `model` expects.
 
     Args:
@@ -272,7 +249,7 @@ def check_headers(
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
+                for name in tensors.keys():  # noqa: SIM118 (no mapping)
                     part = tensors.get_slice(name)
                     if name in found:
                         problems.append(f"{name} stands in two files")
@@ -280,9 +257,7 @@ def check_headers(
         except (SafetensorError, OSError) as error:
             raise ValueError(f"checkpoint: cannot read {file}: {error}") from error
     problems += [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
-    problems += [
-        f"{name} is not expected" for name in sorted(found.keys() - wanted.keys())
-    ]
+    problems += [f"{name} is not expected" for name in sorted(found.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & found.keys()):
         if wanted[name] != found[name]:
             (shape, dtype), (got_shape, got_dtype) = wanted[name], found[name]
@@ -314,9 +289,7 @@ def load(
     Raises:
         ValueError: not a quarot checkpoint, a newer format, or tensors that do not fit.
     """
-    quantization = (
-        getattr(AutoConfig.from_pretrained(path), "quantization_config", None) or {}
-    )
+    quantization = getattr(AutoConfig.from_pretrained(path), "quantization_config", None) or {}
     method = quantization.get("quant_method")
     if method != "quarot":
         raise ValueError(
@@ -368,12 +341,30 @@ def load_model(
         return AutoModelForCausalLM.from_pretrained(name, **options), tokenizer
 
 
+def weight_bytes(model: Any) -> int:
+    """Return the bytes that the decoder layers' linears hold: codes and scales, or plain weights.
+
+    Args:
+        model: a causal LM of a registered architecture, converted or not. Biases do not count.
+    """
+    arch = describe(model.config)
+    total = 0
+    for layer in model.get_submodule(arch.layers):
+        for name, module in layer.named_modules():
+            if isinstance(module, QuantizedLinear):
+                held = (module.weight, module.weight_scale, module.weight_sum)
+            elif name in arch.linears and isinstance(module, nn.Linear):
+                held = (module.weight,)
+            else:
+                continue
+            total += sum(tensor.nbytes for tensor in held if tensor is not None)
+    return total
+
+
 def check_backend(backend: str) -> None:
     """Raise ValueError unless `backend` is one of `BACKENDS`."""
     if backend not in BACKENDS:
-        raise ValueError(
-            f"backend: got {backend!r}, needs one of {', '.join(BACKENDS)}"
-        )
+        raise ValueError(f"backend: got {backend!r}, needs one of {', '.join(BACKENDS)}")
 
 
 @contextlib.contextmanager
