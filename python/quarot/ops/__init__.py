@@ -6,9 +6,9 @@ everything else. An op without a kernel for a device runs its reference there (`
 executable specification), noted once in the log of "quarot"; `kernels()` lists which.
 
 Words used throughout: a *row* is the last dimension; *codes* are signed int4 or int8; x is about
-scale * (code - zero). Packed int4 is uint8 [..., n/2] with the even index in the low nibble. `group`
-columns share a scale (0: the whole row). float means float32, bfloat16 or float16. Arithmetic:
-round to nearest even in float32, no rounding to 16 bits between the steps of a fused op.
+scale * (code - zero). Packed int4 is uint8 [..., n/2] with the even index in the low nibble.
+`group` columns share a scale (0: the whole row). float means float32, bfloat16 or float16. All
+ops compute in float32, and round nothing to 16 bits between the steps of a fused op.
 
 Every function raises RuntimeError naming the argument, what it got and what it needs (ValueError
 for a size without a Hadamard matrix).

@@ -33,9 +33,9 @@ def _load() -> None:
         importlib.import_module("quarot._C")
     except ImportError as error:
         raise ImportError(
-            f"quarot's compiled library (quarot._C) does not load under torch {torch.__version__}: "
-            f"{error}. Likely causes: the package was not built (pip install .), torch is older than "
-            "2.11, or the build is stale after a change of Python or torch (build it again)"
+            f"quarot's compiled library quarot._C does not load under torch {torch.__version__}: "
+            f"{error}. Likely causes: the package was not built (pip install .), torch is older "
+            "than 2.11, or the build is stale after a change of Python or torch (build it again)"
         ) from error
 
 
@@ -143,6 +143,13 @@ def _linear_int4(
     out_dtype: torch.dtype,
 ) -> Tensor:
     return x_q.new_empty((*x_q.shape[:-1], w_scale.shape[0]), dtype=out_dtype)
+
+
+def _prepack_int4(w_packed: Tensor) -> Tensor:
+    if not has_kernel("prepack_int4", w_packed.device.type):
+        return w_packed.new_empty(w_packed.shape)
+    n, pairs = w_packed.shape
+    return w_packed.new_empty((-(-n // 16), pairs // 4, 64))  # csrc/kernels/linear_int4.h
 
 
 def _unprepack_int4(w: Tensor, n: int, k: int) -> Tensor:

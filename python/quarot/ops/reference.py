@@ -291,7 +291,7 @@ def attention(
     keys = _dequantize_kv(k_codes, k_scale, k_zero, length, bits)
     values = _dequantize_kv(v_codes, v_scale, v_zero, length, bits)
     column = torch.arange(length, device=q.device)
-    # What lies beyond a row's length is not a key: whatever memory holds there must not reach 0 * v.
+    # What lies beyond a row's length is not a key, whatever memory holds there: 0 * NaN is NaN.
     beyond = column >= lengths[:, None]
     broken = ~(v_scale[:, :, :length].isfinite() | beyond[:, None])
     values = values.masked_fill((beyond[:, None] | broken)[..., None], 0)
@@ -353,7 +353,7 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _quantize_kv(x: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor, Tensor]:
-    """float32 [..., D] -> codes uint8 [..., D * bits / 8], scale float16 [...], zero uint8 [...]."""
+    """float32 [..., D] -> uint8 codes [..., D * bits / 8], float16 scale, uint8 zero [...]."""
     top = 2**bits - 1
     low, high = x.aminmax(dim=-1, keepdim=True)
     finite = low.isfinite() & high.isfinite()
