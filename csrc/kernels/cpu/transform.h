@@ -1,0 +1,180 @@
+// The Hadamard transform of one row of fp32 in scratch memory, for every kernel that contains one.
+// Only for *_isa.cpp files (see vec.h).
+//
+// A row holds n / (size * inner) blocks, a block is [K][2^p][inner]: out = row * (I (x) H_K (x) H_2^p (x) I_inner),
+// unscaled. First 2^p: log2 butterfly stages with strides inner, 2*inner, ...; strides below 16 inside the
+// registers. Then the factor: K * K additions for each of the 2^p * inner columns. So n * (p + K) additions a row; the
+// order of additions is fixed by the stages, not by the vector width, and the CUDA kernel adds in the same order.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu/vec.h"
+#include "kernels/hadamard.h"
+
+namespace quarot::cpu::QUAROT_ISA {
+
+/// Largest factor order (DESIGN section 4); bounds the scratch of a column block.
+inline constexpr int64_t kMaxFactorOrder = 172;
+
+// ---- Butterflies inside a vector: lane i gets v[i] + v[i ^ kStride], or v[i ^ kStride] - v[i] where i & kStride --
+
+template <int kStride>
+QUAROT_INLINE NativeF32 butterfly(const NativeF32& v) {
+  constexpr int lanes = kRegisterBytes / 4;
+  static_assert(kStride < lanes);
+  // The vectors below are constants to the optimiser.
+  NativeI32 partner, negative;
+  for (int i = 0; i < lanes; ++i) {
+    partner[i] = i ^ kStride;
+    negative[i] = (i & kStride) != 0 ? INT32_MIN : 0;
+  }
+#if defined(__clang__)
+  NativeF32 swapped;
+  for (int i = 0; i < lanes; ++i) swapped[i] = v[i ^ kStride];
+#else
+  const NativeF32 swapped = __builtin_shuffle(v, partner);
+#endif
+  return swapped + from_bits(bits(v) ^ negative);
+}
+template <int kStride, class Half>
+QUAROT_INLINE Pair<Half> butterfly(const Pair<Half>& v) {
+  if constexpr (kStride * 4 == sizeof(Half)) {
+    return {v.lo + v.hi, v.lo - v.hi};
+  } else {
+    return {butterfly<kStride>(v.lo), butterfly<kStride>(v.hi)};
+  }
+}
+
+/// The stages with strides 1 ... width / 2 of the sixteen lanes; width = 1, 2, 4, 8 or 16.
+QUAROT_INLINE F32 butterflies(F32 v, int64_t width) {
+  if (width > 1) v = butterfly<1>(v);
+  if (width > 2) v = butterfly<2>(v);
+  if (width > 4) v = butterfly<4>(v);
+  if (width > 8) v = butterfly<8>(v);
+  return v;
+}
+
+// ---- Stages between vectors ----------------------------------------------------------------------------------
+
+/// One butterfly stage over `count` floats in groups of 2 * stride.
+QUAROT_INLINE void butterfly_stage(float* x, int64_t count, int64_t stride) {
+  for (int64_t base = 0; base < count; base += 2 * stride) {
+    float* a = x + base;
+    float* b = a + stride;
+    int64_t i = 0;
+    for (; i + kLanes <= stride; i += kLanes) {
+      const F32 u = load(a + i), v = load(b + i);
+      store(a + i, u + v);
+      store(b + i, u - v);
+    }
+    for (; i < stride; ++i) {  // a stride that is no multiple of 16: odd `inner`
+      const float u = a[i], v = b[i];
+      a[i] = u + v;
+      b[i] = u - v;
+    }
+  }
+}
+
+/// Two stages in one pass over memory: strides `stride` and 2 * stride, a multiple of 16.
+QUAROT_INLINE void butterfly_two_stages(float* x, int64_t count, int64_t stride) {
+  for (int64_t base = 0; base < count; base += 4 * stride) {
+    float* p = x + base;
+    for (int64_t i = 0; i < stride; i += kLanes, p += kLanes) {
+      const F32 a = load(p), b = load(p + stride);
+      const F32 c = load(p + 2 * stride), d = load(p + 3 * stride);
+      const F32 ab = a + b, a_b = a - b, cd = c + d, c_d = c - d;
+      store(p, ab + cd);
+      store(p + stride, a_b + c_d);
+      store(p + 2 * stride, ab - cd);
+      store(p + 3 * stride, a_b - c_d);
+    }
+  }
+}
+
+// ---- The factor --------------------------------------------------------------------------------------------------
+
+/// x[a][c] <- sum over b of x[b][c] * signs[b][a], b ascending, for a block [K][columns].
+/// signs: [K][K] of +-1.0f. column_block: K * 16 floats.
+QUAROT_INLINE void apply_factor(float* x, int64_t order, int64_t columns, const float* signs,
+                                float* column_block) {
+  constexpr int64_t kOutputs = 4;  // accumulators in registers: all but the last K % 4 outputs
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    for (int64_t b = 0; b < order; ++b) {
+      store(column_block + b * kLanes, load_upto<DType::f32>(x + b * columns, c, columns));
+    }
+    int64_t a = 0;
+    for (; a + kOutputs <= order; a += kOutputs) {
+      const float* sign = signs + a;
+      const F32 first = load(column_block);
+      F32 sum0 = first * f32(sign[0]), sum1 = first * f32(sign[1]);
+      F32 sum2 = first * f32(sign[2]), sum3 = first * f32(sign[3]);
+      for (int64_t b = 1; b < order; ++b) {
+        sign += order;
+        const F32 v = load(column_block + b * kLanes);
+        sum0 = sum0 + v * f32(sign[0]);
+        sum1 = sum1 + v * f32(sign[1]);
+        sum2 = sum2 + v * f32(sign[2]);
+        sum3 = sum3 + v * f32(sign[3]);
+      }
+      store_upto<DType::f32>(x + a * columns, c, columns, sum0);
+      store_upto<DType::f32>(x + (a + 1) * columns, c, columns, sum1);
+      store_upto<DType::f32>(x + (a + 2) * columns, c, columns, sum2);
+      store_upto<DType::f32>(x + (a + 3) * columns, c, columns, sum3);
+    }
+    for (; a < order; ++a) {
+      F32 sum = load(column_block) * f32(signs[a]);
+      for (int64_t b = 1; b < order; ++b) {
+        sum = sum + load(column_block + b * kLanes) * f32(signs[b * order + a]);
+      }
+      store_upto<DType::f32>(x + a * columns, c, columns, sum);
+    }
+  }
+}
+
+// ---- A row ---------------------------------------------------------------------------------------------------------
+
+/// A HadamardMatrix made ready for rows: make one a thread, apply it to many rows.
+class Transform {
+ public:
+  explicit Transform(const HadamardMatrix& matrix)
+      : size_(matrix.size),
+        order_(matrix.factor_order),
+        signs_(order_ * order_),
+        column_block_(order_ * kLanes) {
+    for (int64_t i = 0; order_ > 1 && i < order_ * order_; ++i) {
+      signs_.data()[i] = static_cast<float>(matrix.factor[i]);
+    }
+  }
+
+  /// Transforms x[0, n) in place; n is a multiple of size * inner. Reads up to 15 floats beyond n, as Scratch allows.
+  QUAROT_INLINE void operator()(float* x, int64_t n, int64_t inner = 1) const {
+    const int64_t power = size_ / order_;
+    const int64_t columns = power * inner;
+    int64_t stride = inner;
+    if (inner == 1 && power > 1) {
+      const int64_t width = power < kLanes ? power : kLanes;
+      for (int64_t i = 0; i < n; i += kLanes) store(x + i, butterflies(load(x + i), width));
+      stride = width;
+    }
+    for (int64_t block = 0; block < n; block += columns) {
+      int64_t h = stride;
+      if (h % kLanes == 0) {
+        for (; h * 4 <= columns; h *= 4) butterfly_two_stages(x + block, columns, h);
+      }
+      for (; h < columns; h *= 2) butterfly_stage(x + block, columns, h);
+    }
+    if (order_ == 1) return;
+    for (int64_t block = 0; block < n; block += order_ * columns) {
+      apply_factor(x + block, order_, columns, signs_.data(), column_block_.data());
+    }
+  }
+
+ private:
+  int64_t size_;
+  int64_t order_;
+  Scratch signs_;
+  Scratch column_block_;
+};
+
+}  // namespace quarot::cpu::QUAROT_ISA

@@ -1,0 +1,74 @@
+// rope_hadamard_kv_append: what a layer does with a new token's query, key and value before attention.
+//   q, k:  RoPE on the first `rotary` dimensions (rotate_half convention, the rest passes through),
+//          x'[i] = x[i] * cos[i] + (i < R/2 ? -x[i + R/2] : x[i - R/2]) * sin[i],
+//          then the Hadamard transform of blocks of `size` over the head dimension, times 1 / sqrt(size);
+//   q:     rounded once to its type and returned;
+//   k, v:  quantized per token and head and written into the cache at positions start[b] .. start[b] + S - 1.
+// All of it in fp32. KV quantizer (bits b): lo = clip * min(x, 0), hi = clip * max(x, 0),
+// scale = fp16(clamp((hi - lo) / (2^b - 1), 2^-14, 65504)), inv = 1 / scale, zero = rint(-lo * inv),
+// code = clamp(rint(x * inv) + zero, 0, 2^b - 1): unsigned codes, x is about scale * (code - zero).
+// A vector with a value that is not finite gets scale NaN, codes 0 and zero 0.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/types.h"
+
+namespace quarot {
+
+/// One of the two caches of a layer. All parts are contiguous.
+struct KvCache {
+  uint8_t* codes;  // [batch, kv_heads, capacity, head_dim * bits / 8]; 4 bits: even dimension in the low nibble
+  uint16_t* scale; // [batch, kv_heads, capacity] bits of fp16
+  uint8_t* zero;   // [batch, kv_heads, capacity]
+};
+
+/// Vectors of [batch, seq, heads, head_dim]: the last dimension is dense, the other strides are free
+/// (in elements), so that q, k and v may be parts of one buffer.
+struct HeadVectors {
+  const void* data;
+  int64_t batch_stride;
+  int64_t seq_stride;
+  int64_t head_stride;
+};
+
+struct KvAppendArgs {
+  void* q_out;            // [batch, seq, heads, head_dim] dtype, contiguous
+  KvCache k_cache;
+  KvCache v_cache;
+  HeadVectors q;          // [batch, seq, heads, head_dim]
+  HeadVectors k;          // [batch, seq, kv_heads, head_dim]
+  HeadVectors v;          // [batch, seq, kv_heads, head_dim]
+  const void* cos;        // [1 or batch, seq, rotary] rotary_dtype, contiguous
+  const void* sin;        // [1 or batch, seq, rotary]
+  const int32_t* start;   // [batch]
+  const int8_t* factor;   // [order, order] of +1 and -1, or null: order 1
+  DType dtype;            // of q, k, v and q_out
+  DType rotary_dtype;     // of cos and sin
+  int64_t batch;
+  int64_t seq;
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t head_dim;       // a multiple of 8, at most kMaxHeadDim
+  int64_t capacity;
+  int64_t rotary;         // even, at most head_dim
+  int64_t rotary_batch_stride;  // of cos and sin, in elements; 0: the same for all sequences
+  int64_t size;           // block of the transform: order * 2^p, divides head_dim; 1: no transform
+  int64_t order;
+  int bits;               // 4 or 8
+  float k_clip;
+  float v_clip;
+};
+
+/// A head dimension's bound, so that a head fits a thread's scratch on every device.
+inline constexpr int64_t kMaxHeadDim = 256;
+/// Heads are read in whole 32-bit words of 4-bit codes.
+inline constexpr int64_t kHeadDimMultiple = 8;
+
+namespace cpu {
+
+/// Throws before anything is written if a sequence would not fit: start[b] + seq > capacity.
+void rope_hadamard_kv_append(const KvAppendArgs& args, const Executor& executor);
+
+}  // namespace cpu
+}  // namespace quarot
