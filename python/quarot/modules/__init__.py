@@ -1,0 +1,1 @@
+"""What a converted model is made of: quantized linears, the decoder layer, attention masks."""

@@ -1,0 +1,368 @@
+"""The decoder layer of a converted model: one implementation for every architecture.
+
+Ten op calls (DESIGN section 6): norm and quantize, q|k|v, RoPE + R3 + append to the quantized
+cache, attention to it, head Hadamard and quantize, output projection + residual; norm and quantize,
+gate|up, activation + R4 + quantize, down projection + residual.
+
+In a state dict the layer looks like the one it replaces: the sub-tree of dotted names is built from
+the architecture's description, with `weight_packed` and `weight_scale` in place of `weight`. Those
+canonical tensors exist while a checkpoint is read. `fuse` moves them into the kernels' buffers, and
+saving or loading translates, so there is never more than one copy of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quarot import hadamard
+from quarot.cache import CacheSpec, QuantizedLayer, adopt
+from quarot.config import QuarotConfig
+from quarot.models.base import Architecture, Geometry
+from quarot.modules import attention, mask as masks
+from quarot.modules.linear import CanonicalLinear, QuantizedLinear, backend_ops, check_dtype
+
+_K_MULTIPLE = 32  # linear_int4 reads this many codes of a row at a time
+
+
+class DecoderLayer(nn.Module):
+    """Run one decoder layer on quantized weights, activations and cache.
+
+    Args:
+        architecture, geometry: what the layer looks like and its sizes.
+        config: bits, clips and which online transforms to run.
+        index: of this layer in the model (and in the cache).
+        biases: paths of the linears that have a bias.
+        dtype: of norms, biases, 16-bit weights: bfloat16, float16 or float32.
+        device: "meta" makes an empty layer to load a checkpoint into.
+        backend: "kernel" or "reference"; decides the layout of the fused weights.
+
+    Raises:
+        ValueError: a linear's width does not suit 4-bit weights or their group.
+    """
+
+    gradient_checkpointing = False  # transformers sets it on modules that have it; unused here
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        geometry: Geometry,
+        config: QuarotConfig,
+        index: int,
+        *,
+        biases: Iterable[str] = (),
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+        backend: str = "kernel",
+    ) -> None:
+        super().__init__()
+        backend_ops(backend)  # raises on an unknown one
+        self.architecture, self.geometry, self.config = architecture, geometry, config
+        self.index, self.backend = index, backend
+        self.cache_spec = CacheSpec(config.kv_bits, geometry.kv_heads, geometry.head_dim)
+        # Sizes of the online transforms, 1 = none; `rotate` fuses exactly the inverses.
+        self.r3_size = hadamard.split(geometry.head_dim)[0] if config.r3 else 1
+        self.r4_size = hadamard.split(geometry.intermediate)[0] if config.r4 else 1
+        self.head_block = hadamard.split(geometry.heads)[0] if config.head_hadamard else 1
+        self.fused = self._fuse_after_load = False
+
+        biases = frozenset(biases)
+        for path, (rows, columns) in linear_shapes(architecture, geometry).items():
+            _check_width(path, columns, config)
+            linear = CanonicalLinear(
+                columns,
+                rows,
+                bits=config.w_bits,
+                group=config.w_group,
+                bias=path in biases,
+                dtype=dtype,
+                device=device,
+            )
+            _place(self, path, linear)
+        for path, size in norm_shapes(architecture, geometry).items():
+            _place(self, path, NormWeight(size, dtype, device))
+        a = architecture
+        self._linears = {
+            "qkv": (a.q, a.k, a.v),
+            "o": (a.o,),
+            "gate_up": (a.gate, a.up),
+            "down": (a.down,),
+        }
+        self.kernels = nn.ModuleDict(
+            {
+                name: QuantizedLinear(
+                    self._parts(name),
+                    bits=config.w_bits,
+                    zero_points=not config.a_symmetric and config.a_bits < 16,
+                    backend=backend,
+                )
+                for name in self._linears
+            }
+        )
+        self.register_load_state_dict_post_hook(_fuse_again)
+
+    # --- weights --------------------------------------------------------------------------------
+
+    def fuse(self) -> None:
+        """Move the canonical weights into the kernels' buffers; nothing to do the second time.
+
+        Raises:
+            RuntimeError: the weights are on the meta device: nothing was loaded yet.
+        """
+        if self.fused:
+            return
+        for name in self._linears:
+            if any(t.is_meta for part in self._parts(name) for t in part.buffers()):
+                raise RuntimeError(f"weights: layer {self.index} is on the meta device; load it first")
+        for name in self._linears:
+            self._kernel(name).fuse(self._parts(name))
+        self.fused = True
+
+    def unfuse(self) -> None:
+        """Move the weights back to their canonical names, for reading or loading them."""
+        if not self.fused:
+            return
+        for name in self._linears:
+            self._kernel(name).unfuse(self._parts(name))
+        self.fused = False
+
+    def _parts(self, name: str) -> list[CanonicalLinear]:
+        return [_linear(self, path) for path in self._linears[name]]
+
+    def _kernel(self, name: str) -> QuantizedLinear:
+        kernel = self.kernels[name]
+        assert isinstance(kernel, QuantizedLinear)
+        return kernel
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.fused:  # else the canonical linears write themselves
+            for name, paths in self._linears.items():
+                for path, tensors in zip(paths, self._kernel(name).canonical(), strict=True):
+                    for tensor_name, tensor in tensors.items():
+                        destination[f"{prefix}{path}.{tensor_name}"] = tensor
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Runs before the children load: they then receive canonical tensors by name.
+        self._fuse_after_load = self.fused
+        self.unfuse()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DecoderLayer:
+        check_dtype(fn, next(self.parameters()).device)
+        super()._apply(fn, recurse)
+        return self
+
+    # --- computing ------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Return the layer's output [batch, tokens, hidden], as transformers' model calls it.
+
+        Args:
+            hidden_states: [batch, tokens, hidden].
+            attention_mask: None, [batch, keys], or bool or float [batch, 1 or heads, queries, keys]
+                (module `mask`). One without a row a query only hides keys from causal attention.
+            past_key_values: a transformers Cache whose layer is empty or ours, or None.
+            position_embeddings: (cos, sin), each [batch or 1, tokens, rotary_dim].
+            position_ids, use_cache: in the signature for transformers; not needed.
+
+        Raises:
+            RuntimeError: the weights are not fused.
+            ValueError: attention weights are asked for (no kernel stores them), or another
+                argument is of the wrong kind.
+        """
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions: got True; the attention kernel keeps no weights")
+        if not self.fused:
+            raise RuntimeError(f"weights: layer {self.index} is not fused; call fuse() first")
+        if position_embeddings is None:
+            raise ValueError("position_embeddings: got None, needs (cos, sin)")
+        ops, geometry = backend_ops(self.backend), self.geometry
+
+        x = ops.rmsnorm_quantize(
+            hidden_states, self._norm("attention_norm"), geometry.norm_eps, **self._codes("qkv")
+        )
+        qkv = self._multiply("qkv", x, None, hidden_states)
+        heads = qkv.unflatten(-1, (-1, geometry.head_dim))
+        q, k, v = heads.split([geometry.heads, geometry.kv_heads, geometry.kv_heads], dim=2)
+        mixed = self._attend(q, k, v, position_embeddings, attention_mask, past_key_values)
+        x = ops.head_hadamard_quantize(mixed, self.head_block, **self._codes("o"))
+        hidden_states = self._multiply("o", x, hidden_states, hidden_states)
+
+        x = ops.rmsnorm_quantize(
+            hidden_states, self._norm("mlp_norm"), geometry.norm_eps, **self._codes("up_gate")
+        )
+        gate_up = self._multiply("gate_up", x, None, hidden_states)
+        x = ops.glu_hadamard_quantize(
+            gate_up, geometry.activation, self.r4_size, **self._codes("down")
+        )
+        return self._multiply("down", x, hidden_states, hidden_states)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+    ) -> Tensor:
+        """Return attention [batch, tokens, heads, head_dim] of q, k, v [batch, tokens, …]."""
+        mask = masks.check_mask(attention_mask)
+        scale = self.geometry.head_dim**-0.5
+        cos, sin = position_embeddings
+        if self.config.kv_bits == 16:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            q, k = attention.rope(q, cos, sin), attention.rope(k, cos, sin)
+            offset: int | Tensor = 0
+            if past_key_values is not None:
+                offset = past_key_values.get_seq_length(self.index)
+                k, v = past_key_values.update(k, v, self.index)
+            return attention.attend(q, k, v, mask, scale, offset).transpose(1, 2)
+
+        batch, tokens = q.shape[:2]
+        if past_key_values is None:  # every query attends to quantized keys, cached or not
+            cache = QuantizedLayer(self.cache_spec, max_cache_len=tokens)
+        else:
+            cache = adopt(past_key_values, self.index, self.cache_spec)
+        cache.reserve(batch, tokens, q.device)
+        ops = backend_ops(self.backend)
+        bits = self.config.kv_bits
+        q = ops.rope_hadamard_kv_append(
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            *cache.buffers,
+            cache.lengths,
+            bits=bits,
+            size=self.r3_size,
+            k_clip=self.config.clip("k", self.index),
+            v_clip=self.config.clip("v", self.index),
+        )
+        cache.advance(tokens)
+        if not attention.is_padding(mask, tokens):
+            keys, values = cache.dequantize(q.dtype)
+            return attention.attend(q.transpose(1, 2), keys, values, mask, scale).transpose(1, 2)
+        if mask is not None:
+            mask = masks.kernel_mask(mask, batch, tokens, cache.length, cache.capacity)
+        return ops.attention(q, *cache.buffers, cache.lengths, mask, bits=bits, scale=scale)
+
+    def _norm(self, name: str) -> Tensor:
+        return self.get_parameter(getattr(self.architecture, name) + ".weight")
+
+    def _codes(self, site: str) -> dict[str, Any]:
+        """How the activations at `site` are quantized, as the ops' keyword arguments."""
+        config = self.config
+        return {
+            "bits": config.a_bits,
+            "symmetric": config.a_symmetric,
+            "clip": config.clip(site, self.index),
+        }
+
+    def _multiply(
+        self,
+        name: str,
+        x: tuple[Tensor, Tensor | None, Tensor | None],
+        residual: Tensor | None,
+        like: Tensor,
+    ) -> Tensor:
+        return self.kernels[name](*x, residual, out_dtype=like.dtype)
+
+
+class NormWeight(nn.Module):
+    """Hold the weight [size] of an RMSNorm; the norm itself is part of a fused op."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device), requires_grad=False)
+
+
+class _Names(nn.Module):
+    """A node of the sub-tree of names: only there to be walked, its children stay what they are.
+
+    An adapter (peft …) that put its own module in a linear's place would silently compute nothing.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_modules", ()):
+            raise RuntimeError(
+                f"{name}: got a {type(value).__name__} to put in a quarot layer's place; a converted "
+                "layer's linears are fused and cannot be replaced or wrapped"
+            )
+        super().__setattr__(name, value)
+
+
+def linear_shapes(architecture: Architecture, geometry: Geometry) -> dict[str, tuple[int, int]]:
+    """Return path -> (out_features, in_features) of a layer's linears."""
+    a, g = architecture, geometry
+    q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
+    return {
+        a.q: (q, g.hidden),
+        a.k: (kv, g.hidden),
+        a.v: (kv, g.hidden),
+        a.o: (g.hidden, q),
+        a.gate: (g.intermediate, g.hidden),
+        a.up: (g.intermediate, g.hidden),
+        a.down: (g.hidden, g.intermediate),
+    }
+
+
+def norm_shapes(architecture: Architecture, geometry: Geometry) -> Mapping[str, int]:
+    """Return path -> size of a layer's norms."""
+    return {path: geometry.hidden for path in architecture.norm_readers}
+
+
+def _check_width(path: str, columns: int, config: QuarotConfig) -> None:
+    if config.w_bits == 16:
+        return
+    if columns % _K_MULTIPLE:
+        raise ValueError(
+            f"{path}: has {columns} input columns, 4-bit weights need a multiple of {_K_MULTIPLE}"
+        )
+    if config.w_group and columns % config.w_group:
+        works = [g for g in (32, 64, 128, 256) if columns % g == 0]
+        raise ValueError(
+            f"{path}: w_group {config.w_group} does not divide its {columns} input columns; "
+            f"needs 0 (the whole row) or one of {works}"
+        )
+
+
+def _place(layer: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at a dotted path below `layer`, making the nodes on the way."""
+    *nodes, name = path.split(".")
+    node = layer
+    for part in nodes:
+        if part not in node._modules:
+            node.add_module(part, _Names())
+        node = node.get_submodule(part)
+    node.add_module(name, module)
+
+
+def _linear(layer: nn.Module, path: str) -> CanonicalLinear:
+    linear = layer.get_submodule(path)
+    if not isinstance(linear, CanonicalLinear):
+        raise RuntimeError(f"{path}: was replaced by a {type(linear).__name__}; not supported")
+    return linear
+
+
+def _fuse_again(layer: nn.Module, incompatible_keys: Any) -> None:
+    """Undo the unfusing of `_load_from_state_dict`, once the children are loaded."""
+    assert isinstance(layer, DecoderLayer)
+    if layer._fuse_after_load:
+        layer.fuse()
