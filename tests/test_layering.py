@@ -117,7 +117,7 @@ TIERS: dict[str, tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]] = {
     "ops": (
         re.compile(r"ops/.+"),
         re.compile(r"kernels/[^/]+\.h|ops/.+"),
-        # The stable ABI only (its headers' C shims included): ATen and c10 tie a build to one torch.
+        # The stable ABI only (and its C shims): ATen and c10 tie a build to one torch version.
         re.compile(
             r"[a-z0-9_]+|pybind11/.+|torch/csrc/stable/.+|torch/headeronly/.+"
             r"|torch/csrc/inductor/aoti_torch/c/.+"
@@ -193,7 +193,7 @@ def write(root: Path, files: dict[str, str]) -> Path:
         ("hadamard.py", "from . import config", "quarot.config"),
         ("ops/reference.py", "from ..modules import linear", "quarot.modules.linear"),
         ("ops/__init__.py", "def f():\n    from transformers import Cache", "transformers.Cache"),
-        ("quantize/rtn.py", "from quarot.models.base import Geometry", "quarot.models.base.Geometry"),
+        ("quantize/rtn.py", "from quarot.models import base", "quarot.models.base"),
         ("models/qwen.py", "from quarot.models.llama import LLAMA", "quarot.models.llama.LLAMA"),
         ("models/qwen.py", "import torch.nn", "torch.nn"),
         ("modules/linear.py", "from quarot.models import registry", "quarot.models.registry"),

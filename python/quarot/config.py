@@ -110,7 +110,7 @@ class QuarotConfig:
             raise ValueError(f"clips: got {self.clips!r}, needs a mapping of sites to ratios")
         for site, ratios in (self.clips or {}).items():
             _one_of("clips", site, SITES)
-            if isinstance(ratios, str) or not isinstance(ratios, Sequence):
+            if not isinstance(ratios, (list, tuple)):
                 raise ValueError(f"clips[{site!r}]: got {ratios!r}, needs one ratio for each layer")
             for ratio in ratios:
                 _ratio(f"clips[{site!r}]", ratio)
@@ -152,7 +152,7 @@ class QuarotConfig:
         for site, ratios in (self.clips or {}).items():
             if len(ratios) != layers:
                 raise ValueError(
-                    f"clips[{site!r}]: got {len(ratios)} ratios, needs one for each of {layers} layers"
+                    f"clips[{site!r}]: got {len(ratios)} ratios, needs one a layer, {layers} layers"
                 )
 
     def replace(self, **fields: Any) -> QuarotConfig:
