@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> Any:
     """Build a tiny random causal LM in eval mode, float32 unless `dtype` is given.
 
     The defaults have GQA (4 heads on 2), hidden 64 = 2^6, intermediate 96 = 12 * 8, untied
-    embeddings. Norm weights and biases are random too: a fold or a rotation that forgets them shows.
+    embeddings. Norm weights and biases are random too, so that a fold that forgets them shows.
 
     Args:
         family: "llama" or "qwen2" (biases on q, k and v).

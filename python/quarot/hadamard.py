@@ -102,9 +102,10 @@ def transform(
     order = split(max(size, 1))[1] if factor is None else factor.shape[0]
     power = (size // order).bit_length() - 1
     if size < 1 or n % size or order << power != size:
+        needed = "a constructible factor" if factor is None else f"{order}, the factor's order"
         raise ValueError(
             f"size: got {size} for a last dimension of {n}, needs a divisor of it of the form "
-            f"K * 2^p with K a {'constructible factor' if factor is None else 'factor of ' + str(order)}"
+            f"K * 2^p with K {needed}"
         )
     if scale is None:
         scale = 1 / math.sqrt(size)

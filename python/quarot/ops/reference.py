@@ -26,7 +26,7 @@ Quantized = tuple[Tensor, Tensor | None, Tensor | None]
 _SCALE_FLOOR = 2.0**-126  # smallest normal float32: below it 1 / scale may overflow
 _KV_SCALE_RANGE = (2.0**-14, 65504.0)  # normal float16 numbers
 _EXACT_K = 2**24 // (8 * 128)  # longest sum of int8 x int4 products that float32 holds exactly
-_SCORES = 1 << 23  # attention scores held at once
+_SCORES = 1 << 22  # attention scores held at once
 
 
 def hadamard(
@@ -296,22 +296,25 @@ def attention(
     broken = ~(v_scale[:, :, :length].isfinite() | beyond[:, None])
     values = values.masked_fill((beyond[:, None] | broken)[..., None], 0)
     out = torch.empty(batch, kv_heads, heads // kv_heads, queries, dim, device=q.device)
-    grouped = q.float().permute(0, 2, 1, 3).unflatten(1, (kv_heads, -1))
+    grouped = (q.float() * scale).permute(0, 2, 1, 3).unflatten(1, (kv_heads, -1))
     block = max(1, _SCORES // (batch * heads * length))
     for begin in range(0, queries, block):
         end = min(begin + block, queries)
-        row = torch.arange(begin, end, device=q.device)
-        last = (lengths - queries)[:, None] + row
-        visible = (column <= last[..., None])[:, None]
+        seen = max(length - queries + end, 1)  # no query of the block looks beyond
+        offset = torch.arange(begin, end, device=q.device) - queries
+        visible = column[:seen] <= (lengths[:, None] + offset)[..., None]
+        visible = visible[:, None]  # [B, 1, end - begin, seen]
         if mask is not None:
-            visible = visible & mask[:, :, begin:end, :length]
-        visible = visible.expand(-1, heads, -1, -1).unflatten(1, (kv_heads, -1))
-        scores = grouped[:, :, :, begin:end] @ keys.mT[:, :, None] * scale
-        weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
-        weights = weights.masked_fill(~visible, 0)  # a row that sees nothing is 0, not NaN
-        part = weights @ values[:, :, None]
+            visible = visible & mask[:, :, begin:end, :seen]
+        groups = (kv_heads, -1) if visible.shape[1] > 1 else (1, 1)
+        visible = visible.unflatten(1, groups)
+        scores = grouped[:, :, :, begin:end] @ keys[:, :, None, :seen].mT
+        weights = scores.masked_fill_(~visible, -torch.inf).softmax(dim=-1)
+        part = weights @ values[:, :, None, :seen]
+        part.masked_fill_(~visible.any(-1, keepdim=True), 0)  # sees nothing: softmax gave NaN
         if broken.any():  # a NaN value reaches only the queries that see it
-            part[(visible & broken[:, :, None, None]).any(-1)] = torch.nan
+            hit = (visible & broken[:, :, None, None, :seen]).any(-1, keepdim=True)
+            part.masked_fill_(hit, torch.nan)
         out[:, :, :, begin:end] = part
     return out.flatten(1, 2).permute(0, 2, 1, 3).to(q.dtype).contiguous()
 
