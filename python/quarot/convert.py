@@ -19,16 +19,13 @@ from tqdm.auto import tqdm
 from quarot import hadamard, hf, rotate
 from quarot.config import QuarotConfig
 from quarot.models import Architecture, Geometry, describe
-from quarot.modules.decoder_layer import DecoderLayer
+from quarot.modules.decoder_layer import DecoderLayer, linear_shapes, norm_shapes
 from quarot.quantize import rtn
 
 logger = logging.getLogger("quarot")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes a model may have; what is not quantized keeps it."""
-
-_COLUMNS = 32
-"""linear_int4 needs input columns in multiples of this."""
 
 
 def convert(
@@ -100,7 +97,6 @@ def _convert(
     progress: bool,
 ) -> None:
     rotations = rotate.Rotations.from_config(config, geometry)
-    rotate.untie_embeddings(model, arch)
     rotate.rotate_embeddings(model, arch, rotations)
     rotate.rotate_head(model, arch, rotations)
     layers = model.get_submodule(arch.layers)
@@ -134,7 +130,7 @@ def quantize_layer(
         else:
             codes, scale = rtn.quantize_weight(weight, config)
             state[f"{path}.weight_packed"], state[f"{path}.weight_scale"] = codes, scale
-    for path in _norms(arch):
+    for path in norm_shapes(arch, geometry):
         state[f"{path}.weight"] = layer.get_submodule(path).weight.detach()
     new.load_state_dict(state, assign=True)
     new.fuse()
@@ -149,6 +145,8 @@ def check(model: Any, config: QuarotConfig) -> tuple[Architecture, Geometry]:
     transformers_config = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or transformers_config is None:
         raise ValueError(f"model: got {type(model).__name__}, needs a transformers causal LM")
+    if reason := getattr(model, "_quarot_unusable", None):
+        raise ValueError(f"model: {reason}")
     arch = describe(transformers_config)
     _check_state(model, arch)
     geometry = arch.geometry(transformers_config)
@@ -158,7 +156,7 @@ def check(model: Any, config: QuarotConfig) -> tuple[Architecture, Geometry]:
     if config.kv_bits == 4 and geometry.head_dim % 2:
         raise ValueError(f"model: got head_dim {geometry.head_dim}, needs an even one for KV4")
     for index, layer in enumerate(model.get_submodule(arch.layers)):
-        _check_layer(layer, f"{arch.layers}.{index}", arch, geometry, config)
+        _check_layer(layer, index, arch, geometry, config)
     _check_tensors(model)
     return arch, geometry
 
@@ -192,29 +190,17 @@ def _has(model: nn.Module, path: str) -> bool:
 
 def _check_layer(
     layer: nn.Module,
-    name: str,
+    index: int,
     arch: Architecture,
     geometry: Geometry,
     config: QuarotConfig,
 ) -> None:
-    """Check that a layer holds exactly what the architecture describes, in the right shapes."""
-    q, kv = geometry.heads * geometry.head_dim, geometry.kv_heads * geometry.head_dim
-    hidden, inner = geometry.hidden, geometry.intermediate
-    shapes = {
-        arch.q: (q, hidden),
-        arch.k: (kv, hidden),
-        arch.v: (kv, hidden),
-        arch.o: (hidden, q),
-        arch.gate: (inner, hidden),
-        arch.up: (inner, hidden),
-        arch.down: (hidden, inner),
-    }
-    described = {f"{path}.weight" for path in (*arch.linears, *_norms(arch))}
-    described |= {f"{path}.bias" for path in arch.linears}
-    unknown = sorted(set(layer.state_dict()) - described)
-    if unknown:
-        raise ValueError(f"model: {name} has {unknown[0]}, which {arch.model_type} layers have not")
-    for path, shape in shapes.items():
+    """Check that a layer holds exactly what the architecture describes, and that it fits ours."""
+    name = f"{arch.layers}.{index}"
+    norms, linears = norm_shapes(arch, geometry), linear_shapes(arch, geometry)
+    described = {f"{path}.weight" for path in (*linears, *norms)}
+    described |= {f"{path}.bias" for path in linears}
+    for path, shape in linears.items():
         linear = layer.get_submodule(path) if _has(layer, path) else None
         if type(linear) is not nn.Linear:
             raise ValueError(
@@ -225,22 +211,13 @@ def _check_layer(
             raise ValueError(
                 f"model: {name}.{path}.weight is {list(linear.weight.shape)}, needs {list(shape)}"
             )
-        columns = shape[1]
-        if config.w_bits != 16 and columns % _COLUMNS:
-            raise ValueError(
-                f"model: {name}.{path} has {columns} input columns, needs a multiple of {_COLUMNS}"
-            )
-        if config.w_bits != 16 and config.w_group and columns % config.w_group:
-            works = [g for g in (32, 64, 128, 256) if columns % g == 0]
-            raise ValueError(
-                f"w_group: got {config.w_group}, which does not divide the {columns} input columns "
-                f"of {name}.{path}; groups that work there: {', '.join(map(str, works))}, or 0"
-            )
-
-
-def _norms(arch: Architecture) -> tuple[str, ...]:
-    optional = (arch.q_norm, arch.k_norm)
-    return (arch.attention_norm, arch.mlp_norm, *(path for path in optional if path))
+    unknown = sorted(set(layer.state_dict()) - described)
+    if unknown:
+        raise ValueError(f"model: {name} has {unknown[0]}, which {arch.model_type} layers have not")
+    try:  # an empty layer of ours knows what it can hold
+        hf.new_layer(layer, arch, geometry, config, index, torch.float32, "meta", "kernel")
+    except ValueError as error:
+        raise ValueError(f"model: {name}.{error}") from error
 
 
 def _check_tensors(model: nn.Module) -> None:
@@ -291,12 +268,14 @@ def _make_unusable(model: Any, error: BaseException) -> None:
 
     Its class is swapped, so that deepcopy and isinstance keep working.
     """
-    reason = f"{type(error).__name__}: {error}"
+    reason = (
+        "this model is unusable: quarot.convert failed half-way "
+        f"({type(error).__name__}: {error}); load it again"
+    )
 
     def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(
-            f"this model is unusable: quarot.convert failed half-way ({reason}); load it again"
-        )
+        raise RuntimeError(reason)
 
     used = ("__call__", "forward", "generate", "save_pretrained", "push_to_hub")
-    model.__class__ = type(type(model).__name__, (type(model),), dict.fromkeys(used, refuse))
+    body = {**dict.fromkeys(used, refuse), "_quarot_unusable": reason}
+    model.__class__ = type(type(model).__name__, (type(model),), body)
