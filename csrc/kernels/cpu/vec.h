@@ -146,15 +146,34 @@ QUAROT_INLINE Pair<V> min(const Pair<V>& a, const Pair<V>& b) {
 
 // ---- Broadcast, fp32 and int32 memory ------------------------------------------------------------------
 
+// Pairs go half by half: GCC 12 copies them as a whole through memory in 16-byte pieces, and the wide load of what
+// narrow stores just wrote stalls.
+template <class V>
+struct Memory {
+  static QUAROT_INLINE V load(const void* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static QUAROT_INLINE void store(void* p, const V& v) { __builtin_memcpy(p, &v, sizeof v); }
+};
+template <class Half>
+struct Memory<Pair<Half>> {
+  static QUAROT_INLINE Pair<Half> load(const void* p) {
+    return {Memory<Half>::load(p), Memory<Half>::load(static_cast<const char*>(p) + sizeof(Half))};
+  }
+  static QUAROT_INLINE void store(void* p, const Pair<Half>& v) {
+    Memory<Half>::store(p, v.lo);
+    Memory<Half>::store(static_cast<char*>(p) + sizeof(Half), v.hi);
+  }
+};
 template <class V>
 QUAROT_INLINE V load_as(const void* p) {
-  V v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
+  return Memory<V>::load(p);
 }
 template <class V>
 QUAROT_INLINE void store_as(void* p, const V& v) {
-  __builtin_memcpy(p, &v, sizeof v);
+  Memory<V>::store(p, v);
 }
 
 template <class V, class Scalar>
