@@ -1,8 +1,9 @@
 """The quantized KV cache: a transformers cache layer that holds int4 or int8 keys and values.
 
-Nobody builds one by hand: a decoder layer calls `adopt`, which replaces the EMPTY layer of whatever
-cache `generate` or a caller made (growing for `DynamicCache`, of fixed capacity for `StaticCache`).
-The kernels append to its buffers and attend to them; `update`, transformers' way to do both, raises.
+Nobody builds one by hand: a decoder layer calls `adopt`, which replaces the EMPTY layer of
+whatever cache `generate` or a caller made (growing for `DynamicCache`, of fixed capacity for
+`StaticCache`). The kernels append to its buffers and attend to them; `update`, transformers' way
+to do both, raises.
 
 Layout (DESIGN section 4), D = head_dim, one scale and zero a token and head:
     codes uint8 [batch, kv_heads, capacity, D * bits / 8]
@@ -253,7 +254,7 @@ def adopt(cache: Cache, index: int, spec: CacheSpec) -> QuantizedLayer:
         cache.layers.append(cache.layer_class_to_replicate())
     if len(cache.layers) <= index:
         raise ValueError(
-            f"past_key_values: got a cache of {len(cache.layers)} layers, needs one for layer {index}"
+            f"past_key_values: got {len(cache.layers)} layers, needs one for layer {index} too"
         )
     layer = cache.layers[index]
     if isinstance(layer, QuantizedLayer):
@@ -269,7 +270,9 @@ def adopt(cache: Cache, index: int, spec: CacheSpec) -> QuantizedLayer:
             "StaticLayer (a plain DynamicCache or StaticCache)"
         )
     if getattr(cache, "offloading", False):
-        raise ValueError("past_key_values: got an offloading cache, needs one that stays on its device")
+        raise ValueError(
+            "past_key_values: got an offloading cache, needs one that stays on its device"
+        )
     if layer.is_initialized and int(layer.get_seq_length()) > 0:
         raise ValueError(
             f"past_key_values: layer {index} holds unquantized keys of another model; needs an "

@@ -43,16 +43,19 @@ def attend(
             offset + s; else bool (True = see) or float (added), [B, 1 or H, S, at least L].
     """
     queries, keys = q.shape[2], k.shape[2]
-    if mask is None and isinstance(offset, int) and offset + queries == keys:
-        if offset == 0 or queries == 1:  # otherwise torch's is_causal aligns the wrong corner
-            return _sdpa(q, k, v, None, scale, is_causal=queries > 1)
+    whole = isinstance(offset, int) and offset + queries == keys
+    if mask is None and whole and (offset == 0 or queries == 1):
+        # With both a past and several queries torch's is_causal would align the wrong corner.
+        return _sdpa(q, k, v, None, scale, is_causal=queries > 1)
     if mask is None or is_padding(mask, queries):
         visible = causal(queries, keys, offset, q.device)
         if mask is not None:
             visible = visible & (padding_mask(mask, keys) if mask.ndim == 2 else mask[..., :keys])
         mask = visible
     if mask.shape[-1] < keys:
-        raise ValueError(f"attention_mask: covers {mask.shape[-1]} keys, needs all {keys} seen so far")
+        raise ValueError(
+            f"attention_mask: covers {mask.shape[-1]} keys, needs all {keys} seen so far"
+        )
     mask = mask[..., :keys]
     out = _sdpa(q, k, v, mask, scale, is_causal=False)
     seen = mask if mask.dtype == torch.bool else mask > -torch.inf

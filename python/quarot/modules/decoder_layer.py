@@ -22,7 +22,8 @@ from quarot import hadamard
 from quarot.cache import CacheSpec, QuantizedLayer, adopt
 from quarot.config import QuarotConfig
 from quarot.models.base import Architecture, Geometry
-from quarot.modules import attention, mask as masks
+from quarot.modules import attention
+from quarot.modules import mask as masks
 from quarot.modules.linear import CanonicalLinear, QuantizedLinear, backend_ops, check_dtype
 
 _K_MULTIPLE = 32  # linear_int4 reads this many codes of a row at a time
@@ -116,7 +117,9 @@ class DecoderLayer(nn.Module):
             return
         for name in self._linears:
             if any(t.is_meta for part in self._parts(name) for t in part.buffers()):
-                raise RuntimeError(f"weights: layer {self.index} is on the meta device; load it first")
+                raise RuntimeError(
+                    f"weights: layer {self.index} is on the meta device; load it first"
+                )
         for name in self._linears:
             self._kernel(name).fuse(self._parts(name))
         self.fused = True
@@ -290,7 +293,9 @@ class NormWeight(nn.Module):
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device), requires_grad=False)
+        self.weight = nn.Parameter(
+            torch.ones(size, dtype=dtype, device=device), requires_grad=False
+        )
 
 
 class _Names(nn.Module):
@@ -302,8 +307,8 @@ class _Names(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_modules", ()):
             raise RuntimeError(
-                f"{name}: got a {type(value).__name__} to put in a quarot layer's place; a converted "
-                "layer's linears are fused and cannot be replaced or wrapped"
+                f"{name}: got a {type(value).__name__} to replace it; the linears of a converted "
+                "layer are fused and can be neither replaced nor wrapped"
             )
         super().__setattr__(name, value)
 
@@ -325,7 +330,7 @@ def linear_shapes(architecture: Architecture, geometry: Geometry) -> dict[str, t
 
 def norm_shapes(architecture: Architecture, geometry: Geometry) -> Mapping[str, int]:
     """Return path -> size of a layer's norms."""
-    return {path: geometry.hidden for path in architecture.norm_readers}
+    return dict.fromkeys(architecture.norm_readers, geometry.hidden)
 
 
 def _check_width(path: str, columns: int, config: QuarotConfig) -> None:

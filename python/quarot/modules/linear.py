@@ -1,9 +1,9 @@
 """Linears of a converted model: as a checkpoint names them, and as the kernels read them.
 
 `CanonicalLinear` is one linear under its Hugging Face name; its tensors are what a checkpoint
-holds. `QuantizedLinear` is one or several linears that read the same input (q|k|v, gate|up), stacked
-along their output rows into one kernel buffer. A decoder layer holds the weights in exactly one of
-the two: `fuse` moves them from the first into the second, `unfuse` back.
+holds. `QuantizedLinear` is one or several linears that read the same input (q|k|v, gate|up),
+stacked along their output rows into one kernel buffer. A decoder layer holds the weights in exactly
+one of the two: `fuse` moves them from the first into the second, `unfuse` back.
 """
 
 from __future__ import annotations

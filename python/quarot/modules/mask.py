@@ -74,7 +74,7 @@ def padding_mask(mask: Tensor, keys: int) -> Tensor:
 
 
 def kernel_mask(mask: Tensor, batch: int, tokens: int, length: int, capacity: int) -> Tensor:
-    """Return a padding mask as the attention kernel reads it: bool [batch, 1 or heads, tokens, keys].
+    """Return a padding mask as the kernel reads it: bool [batch, 1 or heads, tokens, keys].
 
     Args:
         mask: [1 or batch, keys], or bool [1 or batch, 1 or heads, 1, keys].
