@@ -3,14 +3,15 @@
 QuaRot (arXiv 2404.00456, section 4) and SpinQuant (arXiv 2405.16406, section 3). Row vectors
 times matrices; a linear computes y = x W^T + b with W [out, in]; R orthogonal.
 
-| step          | weights                                                          | undone by     |
-|---------------|------------------------------------------------------------------|---------------|
-| fold norms    | readers W <- W diag(gamma), gamma <- 1                           |               |
-| R1            | E <- E R1; readers, head: W <- W R1; writers: W <- R1^T W, b <- b R1 | each other |
-| R2            | v, each KV head: W <- R2^T W, b <- b R2; o, each head: W <- W R2 | each other    |
-| head Hadamard | o: W <- W (H_heads (x) I)                                        | online, x of o |
-| R4            | down: W <- W H                                                   | online, x of down |
-| R3            | none; q and k both times H after RoPE                            | each other    |
+    step           weights                                               undone by
+    fold norms     readers W <- W diag(gamma), gamma <- 1
+    R1             E <- E R1; readers and head W <- W R1;                each other
+                   writers W <- R1^T W, b <- b R1
+    R2             v, each KV head: W <- R2^T W, b <- b R2;              each other
+                   o, each head: W <- W R2
+    head Hadamard  o: W <- W (H_heads (x) I)                             online, before o
+    R4             down: W <- W H                                        online, before down
+    R3             none: q and k are both multiplied by H after RoPE     each other
 
 R1 passes the RMSNorms, once folded, because it keeps the length of a vector.
 H is orthonormal, block-diagonal where the dimension has no Hadamard matrix of its own. Products in
@@ -239,11 +240,10 @@ def _orthogonal(name: str, matrix: Any, size: int) -> Tensor:
         shape = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
         raise ValueError(f"{name}: got {shape}, needs a tensor of shape {(size, size)}")
     matrix = matrix.detach().double()
-    off = (
-        (matrix.mT @ matrix - torch.eye(size, dtype=matrix.dtype, device=matrix.device)).abs().max()
-    )
-    if not off <= _ORTHOGONAL:
+    identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+    error = float((matrix.mT @ matrix - identity).abs().max())
+    if not error <= _ORTHOGONAL:  # a NaN is not orthogonal either
         raise ValueError(
-            f"{name}: not orthogonal, |R^T R - I| reaches {off:.1e}, needs at most {_ORTHOGONAL:.0e}"
+            f"{name}: not orthogonal: |R^T R - I| reaches {error:.1e}, needs ≤ {_ORTHOGONAL:.0e}"
         )
     return matrix
