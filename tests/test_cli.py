@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import quarot
+from helpers import tiny_model
 from quarot import cli, data, eval
 
 TEMPLATE = (
