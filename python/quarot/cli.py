@@ -37,7 +37,7 @@ from quarot import _C, data, eval, ops
 from quarot.config import QuarotConfig
 from quarot.convert import convert as convert_model
 from quarot.hf import BACKENDS, load_model
-from quarot.models import describe
+from quarot.models import ARCHITECTURES, describe
 
 NO_PRESET = "none"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -159,8 +159,13 @@ def _preset_name(model: Any) -> str:
     return NO_PRESET if config is None else config.preset
 
 
-def weight_bytes(model: Any) -> int:
-    """Return the bytes of the decoder layers' linears as stored: codes and scales, or weights."""
+def weight_bytes(model: Any) -> int | None:
+    """Return the bytes of the decoder layers' linears as stored: codes and scales, or weights.
+
+    None for an architecture that quarot does not know: such a model can be measured all the same.
+    """
+    if model.config.model_type not in ARCHITECTURES:
+        return None
     arch = describe(model.config)
     names = tuple(f"{path}.weight" for path in arch.linears)
     # A layer at a time: a quantized layer's state_dict is made anew from its kernel buffers.
@@ -172,12 +177,21 @@ def weight_bytes(model: Any) -> int:
     )
 
 
+def _megabytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e6:.1f}"
+
+
 def _print_json(result: dict[str, Any]) -> None:
     """Print one object on stdout; infinities and NaN, which JSON has not, become null."""
-    plain = {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()
-    }
-    print(json.dumps(plain, ensure_ascii=False, allow_nan=False))
+    print(json.dumps(_finite(result), ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- convert --------------------------------------------------------------------------------------
@@ -205,7 +219,7 @@ def convert(
         size = sum(file.stat().st_size for file in folder.iterdir())
     print(
         f"{out}: {_preset_name(converted)}, seed {seed}, {size / 1e6:.1f} MB, "
-        f"{weight_bytes(converted) / 1e6:.1f} MB of it quantized linears"
+        f"{_megabytes(weight_bytes(converted))} MB of it quantized linears"
     )
 
 
@@ -393,50 +407,77 @@ def demo(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer.")] = 40,
     seed: Seed = 0,
     device: Device = None,
+    as_json: Json = False,
 ) -> None:
     """Show what rotation is worth: one small real model in four forms, measured and asked."""
     start = time.perf_counter()
     reference, tokenizer = _load(model, NO_PRESET, seed, "auto", device, "kernel")
     text = data.pydoc_topics()
     ids = data.windows(data.tokenize(tokenizer, text), window, windows)
-    table = Table(
-        "preset", "perplexity", "KL to unquantized", "same top token", "linears MB",
-        "KV bytes/token", "tokens/s",
-    )  # fmt: skip
-    for column in table.columns[1:]:
-        column.justify = "right"
-    answers = []
+    question = _prompt(tokenizer, DEMO_QUESTION)
+    rows = []
     for preset in DEMO_PRESETS:
         log.info("%s: convert, evaluate, ask", preset)
-        # Loading takes longer than copying; the last preset's copy is gone by then.
-        form = reference if preset == NO_PRESET else _converted(
-            copy.deepcopy(reference), preset, seed, "kernel"
-        )  # fmt: skip
+        form = reference
+        if preset != NO_PRESET:  # copying takes no time beside loading
+            form = _converted(copy.deepcopy(reference), preset, seed, "kernel")
         result = eval.evaluate(form, ids, None if form is reference else reference)
-        tokens, seconds = _generate(form, _prompt(tokenizer, DEMO_QUESTION), max_new_tokens)
+        tokens, seconds = _generate(form, question, max_new_tokens)
+        row = {
+            "preset": preset,
+            **dataclasses.asdict(result),
+            "weight_bytes": weight_bytes(form),
+            "kv_bytes_per_token": _kv_bytes(form, ids[:1]),
+            "tokens_per_second": len(tokens) / seconds,
+            "answer": tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+        }
+        rows.append(row)
+    about = {
+        "model": model,
+        "seed": seed,
+        "windows": windows,
+        "window": window,
+        "text_sha256": data.sha256(text),
+        "threads": torch.get_num_threads(),
+        "cpu_isa": _C.cpu_isa,
+        "device": str(reference.device),
+        "seconds": time.perf_counter() - start,
+        "question": DEMO_QUESTION,
+    }
+    if as_json:
+        _print_json({**about, "presets": rows})
+    else:
+        _print_demo(about, rows)
+
+
+def _print_demo(about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    table = Table("preset")
+    for heading in ("perplexity", "KL", "same top token", "linears MB", "KV B/token", "tokens/s"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        compared = row["kld_mean"] is not None
         table.add_row(
-            "unquantized" if form is reference else preset,
-            f"{result.perplexity:.2f}",
-            "-" if result.kld_mean is None else f"{result.kld_mean:.3f}",
-            "-" if result.top1_agreement is None else f"{result.top1_agreement:.1%}",
-            f"{weight_bytes(form) / 1e6:.1f}",
-            f"{_kv_bytes(form, ids[:1]):.0f}",
-            f"{len(tokens) / seconds:.1f}",
+            "unquantized" if row["preset"] == NO_PRESET else row["preset"],
+            f"{row['perplexity']:.2f}",
+            f"{row['kld_mean']:.3f}" if compared else "-",
+            f"{row['top1_agreement']:.1%}" if compared else "-",
+            _megabytes(row["weight_bytes"]),
+            f"{row['kv_bytes_per_token']:.0f}",
+            f"{row['tokens_per_second']:.1f}",
         )
-        answers.append((preset, tokenizer.decode(tokens, skip_special_tokens=True)))
-    console = Console()
+    console = Console(highlight=False)
     console.print(table)
     console.print(
-        f"{model}, seed {seed}: {windows} windows of {window} tokens of pydoc_data.topics (sha256 "
-        f"{data.sha256(text)[:16]}…), {platform.processor() or platform.machine()}, "
-        f"{torch.get_num_threads()} threads, {time.perf_counter() - start:.0f} s in all. tokens/s: "
-        f"{max_new_tokens} tokens at most, prompt included.\n",
-        highlight=False,
+        f"{about['model']}, seed {about['seed']}, {about['windows']} windows of {about['window']} "
+        f"tokens of pydoc_data.topics (sha256 {about['text_sha256'][:12]}), on {about['device']} "
+        f"({about['cpu_isa']}, {about['threads']} threads), {about['seconds']:.0f} s in all. KL "
+        "(nats) and same top token: against the unquantized model. Linears: the decoder layers', "
+        "as stored. tokens/s: the answer below, prompt included."
     )
-    console.print(f"[bold]{DEMO_QUESTION}[/bold]")
-    for preset, answer in answers:
-        console.print(f"\n[bold]{preset}[/bold]")
-        console.print(answer.strip(), markup=False, highlight=False)
+    console.print(f"\n[bold]{about['question']}[/bold]")
+    for row in rows:
+        console.print(f"\n[bold]{row['preset']}[/bold]")
+        console.print(row["answer"], markup=False)
 
 
 @torch.inference_mode()
