@@ -1,17 +1,18 @@
 // rope_hadamard_kv_append: what a layer does with a new token's query, key and value before attention.
 //   q, k:  RoPE on the first `rotary` dimensions (rotate_half convention, the rest passes through),
 //          x'[i] = x[i] * cos[i] + (i < R/2 ? -x[i + R/2] : x[i - R/2]) * sin[i],
-//          then the Hadamard transform of blocks of `size` over the head dimension, times 1 / sqrt(size);
+//          then scale * x * H in blocks of matrix.size over the head dimension (hadamard.h);
 //   q:     rounded once to its type and returned;
 //   k, v:  quantized per token and head and written into the cache at positions start[b] .. start[b] + S - 1.
 // All of it in fp32. KV quantizer (bits b): lo = clip * min(x, 0), hi = clip * max(x, 0),
 // scale = fp16(clamp((hi - lo) / (2^b - 1), 2^-14, 65504)), inv = 1 / scale, zero = rint(-lo * inv),
-// code = clamp(rint(x * inv) + zero, 0, 2^b - 1): unsigned codes, x is about scale * (code - zero).
+// clamped as a code is; code = clamp(rint(x * inv) + zero, 0, 2^b - 1): unsigned, x is about scale * (code - zero).
 // A vector with a value that is not finite gets scale NaN, codes 0 and zero 0.
 #pragma once
 
 #include <cstdint>
 
+#include "kernels/hadamard.h"
 #include "kernels/types.h"
 
 namespace quarot {
@@ -42,7 +43,7 @@ struct KvAppendArgs {
   const void* cos;        // [1 or batch, seq, rotary] rotary_dtype, contiguous
   const void* sin;        // [1 or batch, seq, rotary]
   const int32_t* start;   // [batch]
-  const int8_t* factor;   // [order, order] of +1 and -1, or null: order 1
+  HadamardMatrix matrix;  // of q and k; matrix.size divides head_dim, 1: none
   DType dtype;            // of q, k, v and q_out
   DType rotary_dtype;     // of cos and sin
   int64_t batch;
@@ -53,8 +54,6 @@ struct KvAppendArgs {
   int64_t capacity;
   int64_t rotary;         // even, at most head_dim
   int64_t rotary_batch_stride;  // of cos and sin, in elements; 0: the same for all sequences
-  int64_t size;           // block of the transform: order * 2^p, divides head_dim; 1: no transform
-  int64_t order;
   int bits;               // 4 or 8
   float k_clip;
   float v_clip;

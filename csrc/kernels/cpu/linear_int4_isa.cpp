@@ -11,8 +11,8 @@
 //     for each 6 rows: 6 x 16 int32 in registers += the segment
 //     where a group ends: scale
 //
-// Up to 6 rows (decode) read the packed weights straight into registers: a row then costs two shifts, a
-// multiply and an add a pair of columns, and the bound is memory: n * k / 2 bytes.
+// Up to 2 rows (decode) read the packed weights straight into registers: two shifts a pair of
+// columns, and the bound is memory: n * k / 2 bytes.
 // Otherwise the bound is the multiplier: 16 multiply-adds a pmaddwd and add of an AVX2 register.
 // Sums are exact and each output is scaled by itself, so the blocking never shows in a result.
 #include "kernels/linear_int4.h"
@@ -31,6 +31,8 @@ static_assert(kLanes == kLinearInt4Channels);
 
 // Rows whose sums stay in registers: 6 x 2 of the 16 AVX2 registers beside weights and x, 2 x 4 of SSE's.
 constexpr int kRows = kRegisterBytes == 16 ? 2 : 6;
+// Up to so many rows unpack in registers: beyond, unpacking once through L1 is faster.
+constexpr int kPackedRows = 2;
 constexpr int64_t kBlockRows = 60;  // whole kRows in every variant
 constexpr int64_t kSegment = 512;
 constexpr int64_t kChunkBlocks = 8;
@@ -236,8 +238,8 @@ void run_task(const LinearInt4Args& a, const Buffers& buffers, int64_t row, int6
       int32_t* acc = buffers.acc + b * kBlockRows * kLanes;
       float* y = buffers.y + b * kBlockRows * kLanes;
       const uint8_t* w = weights + (block * a.k + begin) / kColumns * kBlockBytes;
-      if (rows <= kRows) {
-        accumulate<kRows, true>(acc, buffers.x, rows, w, end - begin);
+      if (rows <= kPackedRows) {
+        accumulate<kPackedRows, true>(acc, buffers.x, rows, w, end - begin);
       } else {
         unpack(buffers.w, w, end - begin);
         accumulate<kRows, false>(acc, buffers.x, rows, buffers.w, end - begin);

@@ -1,0 +1,43 @@
+#include "kernels/attention.h"
+
+#include "kernels/cpu/attention_split.h"
+#include "kernels/cpu/isa.h"
+#include "kernels/error.h"
+
+namespace quarot::cpu {
+
+QUAROT_DECLARE_VARIANTS(void attention(const AttentionArgs&, const AttentionSplit&, const Executor&))
+
+AttentionSplit attention_split(int64_t batch, int64_t seq, int64_t heads, int64_t kv_heads, int64_t longest) {
+  const int64_t rows = seq * (heads / kv_heads);
+  const int64_t query_blocks = ceil_div(rows, kAttentionRows);
+  if (query_blocks != 1 || batch * kv_heads >= kAttentionEnoughTasks) return {query_blocks, 1, longest};
+  int64_t keys = ceil_div(ceil_div(longest, kAttentionMaxSplits), kAttentionKeys) * kAttentionKeys;
+  keys = keys < kAttentionSplitKeys ? kAttentionSplitKeys : keys;
+  return {1, longest > keys ? ceil_div(longest, keys) : 1, keys};
+}
+
+int64_t attention_workspace(int64_t batch, int64_t seq, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                            int64_t longest) {
+  const int64_t splits = attention_split(batch, seq, heads, kv_heads, longest).splits;
+  return splits == 1 ? 0 : batch * seq * heads * splits * attention_partial(head_dim);
+}
+
+void attention(const AttentionArgs& args, const Executor& executor) {
+  QUAROT_ASSERT(args.bits == 4 || args.bits == 8, "attention: bits must be 4 or 8");
+  QUAROT_ASSERT(args.head_dim % kHeadDimMultiple == 0 && args.head_dim <= kMaxHeadDim,
+                "attention: head_dim must be a multiple of 8, at most 256");
+  QUAROT_ASSERT(args.heads % args.kv_heads == 0, "attention: heads must be a multiple of kv_heads");
+  int64_t longest = 0;
+  for (int64_t b = 0; b < args.batch; ++b) {
+    QUAROT_ASSERT(args.lengths[b] >= 0 && args.lengths[b] <= args.capacity,
+                  "attention: lengths[b] must be in [0, capacity]");
+    longest = args.lengths[b] > longest ? args.lengths[b] : longest;
+  }
+  const AttentionSplit split = attention_split(args.batch, args.seq, args.heads, args.kv_heads, longest);
+  QUAROT_ASSERT(split.splits == 1 || args.workspace != nullptr, "attention: the workspace is missing");
+  static const auto kernel = QUAROT_PICK(attention);
+  kernel(args, split, executor);
+}
+
+}  // namespace quarot::cpu

@@ -1,0 +1,344 @@
+// Attention over the quantized cache on the CPU. Maths: attention.h; layouts: kv_cache.h.
+//
+// A task is one sequence, one cache head, and a block of at most 64 query rows: row = (query s, head of the group), so
+// that all heads which share a cache head share its dequantized keys. It walks the keys it may see in tiles of 64:
+//
+//   keys   -> K [head_dim][64]   fp32, transposed: 32-bit words of 16 keys side by side, then 8 nibbles (4 bytes) each
+//   scores [64 rows][64] = Q K   lanes are keys
+//   online softmax: running maximum m, sum l, factor exp(m_old - m_new) a row
+//   values -> V [64][head_dim]   fp32
+//   out [64 rows][head_dim] = factor * out + P V   lanes are dimensions
+//
+// (code - zero) * scale is exact in fp32, so dequantizing costs no accuracy. Prefill: tasks are blocks of rows; the bound
+// is the multiply-adds, 2 * rows * keys * head_dim. Decode (one block): tasks are also splits of the keys, each writes its
+// unnormalised result, and a second pass combines them in ascending order; the bound is dequantizing.
+//
+// What a row may not see has the score -inf, hence the weight 0. A key or value whose scale is not finite makes NaN of
+// the rows that see it, and of no other: such a value counts as 0, and NaN is added to its key's score.
+#include "kernels/attention.h"
+
+#include "kernels/cpu/attention_split.h"
+#include "kernels/cpu/parallel.h"
+#include "kernels/cpu/vec.h"
+
+namespace quarot::cpu::QUAROT_ISA {
+namespace {
+
+constexpr int64_t kRows = kAttentionRows;
+constexpr int64_t kKeys = kAttentionKeys;
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLowest = -0x1.fffffep127f;  // below any score, and finite: kLowest - kLowest is 0
+// Rows in registers, as in linear_int4_isa.cpp.
+constexpr int kBlock = kRegisterBytes == 16 ? 2 : 6;
+
+/// A thread's memory. dim is head_dim rounded up to whole vectors.
+struct Tile {
+  int64_t dim;
+  float* q;        // [kRows, dim] scaled queries
+  float* k;        // [dim, kKeys]
+  float* v;        // [kKeys, dim]
+  float* scores;   // [kRows, kKeys], then the weights
+  float* out;      // [kRows, dim] unnormalised
+  float* maximum;  // [kRows]
+  float* sum;      // [kRows]
+  float* factor;   // [kRows] what the older part of `out` is multiplied by
+  float* poison;   // [kKeys] 0, or NaN where the value's scale is not finite
+};
+
+// ---- Product of two tiles ---------------------------------------------------------------------------------
+
+/// out [R, 16] = (factor ? factor [R] * out : 0) + a [R, depth] * b [depth, 16]; depth ascending.
+template <int R>
+QUAROT_INLINE void product(float* out, int64_t out_stride, const float* factor, const float* a, int64_t a_stride,
+                           const float* b, int64_t b_stride, int64_t depth) {
+  F32 sum[R];
+  for (int r = 0; r < R; ++r) {
+    sum[r] = factor == nullptr ? f32(0) : load(out + r * out_stride) * f32(factor[r]);
+  }
+  for (int64_t i = 0; i < depth; ++i) {
+    const F32 column = load(b + i * b_stride);
+    for (int r = 0; r < R; ++r) sum[r] = sum[r] + column * f32(a[r * a_stride + i]);
+  }
+  for (int r = 0; r < R; ++r) store(out + r * out_stride, sum[r]);
+}
+
+/// The same for any number of rows and `columns`, a multiple of 16.
+template <int R>
+void product_rows(float* out, int64_t out_stride, const float* factor, const float* a, int64_t a_stride, const float* b,
+                  int64_t b_stride, int64_t depth, int64_t rows, int64_t columns) {
+  int64_t r = 0;
+  for (; r + R <= rows; r += R) {
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      product<R>(out + r * out_stride + c, out_stride, factor == nullptr ? nullptr : factor + r, a + r * a_stride,
+                 a_stride, b + c, b_stride, depth);
+    }
+  }
+  if constexpr (R > 1) {
+    if (r < rows) {
+      product_rows<R - 1>(out + r * out_stride, out_stride, factor == nullptr ? nullptr : factor + r, a + r * a_stride,
+                          a_stride, b, b_stride, depth, rows - r, columns);
+    }
+  }
+}
+
+// ---- Dequantize ----------------------------------------------------------------------------------------------
+
+/// scale and zero of slots [slot, slot + count), count <= 16; the other lanes are 0.
+QUAROT_INLINE void load_grid(const KvCacheView& cache, int64_t slot, int64_t count, F32& scale, I32& zero) {
+  uint8_t zeros[kLanes] = {};
+  __builtin_memcpy(zeros, cache.zero + slot, static_cast<size_t>(count));
+  zero = load_u8(zeros);
+  scale = load_upto<DType::f16>(cache.scale, slot, slot + count);
+}
+
+/// k [dim, kKeys]  <-  slots [slot, slot + count), count <= kKeys; columns beyond are 0.
+template <int kBits>
+void dequantize_keys(const KvCacheView& cache, int64_t slot, int64_t count, int64_t head_dim, float* k) {
+  constexpr int kPerWord = 32 / kBits;
+  const int64_t row_bytes = head_dim * kBits / 8;
+  for (int64_t first = 0; first < kKeys; first += kLanes) {
+    const int64_t left = count - first;
+    const int64_t valid = left < 0 ? 0 : left < kLanes ? left : kLanes;
+    F32 scale;
+    I32 zero;
+    load_grid(cache, slot + first, valid, scale, zero);
+    int32_t words[kMaxHeadDim / kPerWord * kLanes];  // [word, key]
+    const uint8_t* codes = cache.codes + (slot + first) * row_bytes;
+    for (int64_t w = 0; w < head_dim / kPerWord; ++w) {
+      for (int64_t key = 0; key < kLanes; ++key) {
+        int32_t word = 0;
+        if (key < valid) __builtin_memcpy(&word, codes + key * row_bytes + w * 4, sizeof word);
+        words[w * kLanes + key] = word;
+      }
+    }
+    for (int64_t w = 0; w < head_dim / kPerWord; ++w) {
+      const I32 word = load(words + w * kLanes);
+      for (int i = 0; i < kPerWord; ++i) {
+        const I32 code = (word >> (i * kBits)) & i32((1 << kBits) - 1);
+        store(k + (w * kPerWord + i) * kKeys + first, to_f32(code - zero) * scale);
+      }
+    }
+  }
+}
+
+/// v [kKeys, dim] and poison [kKeys]  <-  slots [slot, slot + count), count <= kKeys; rows beyond are 0.
+template <int kBits>
+void dequantize_values(const KvCacheView& cache, int64_t slot, int64_t count, int64_t head_dim, const Tile& t) {
+  const int64_t row_bytes = head_dim * kBits / 8;
+  constexpr int64_t kStep = kLanes * kBits / 8;  // bytes of a vector
+  for (int64_t first = 0; first < kKeys; first += kLanes) {
+    const int64_t left = count - first;
+    const int64_t valid = left < 0 ? 0 : left < kLanes ? left : kLanes;
+    F32 scale;
+    I32 zero;
+    load_grid(cache, slot + first, valid, scale, zero);
+    const F32 difference = scale - scale;  // 0, or NaN
+    store(t.poison + first, difference);
+    float scales[kLanes];
+    int32_t zeros[kLanes];
+    store(scales, select(equal(difference, difference), scale, f32(0)));
+    store(zeros, zero);
+    for (int64_t key = 0; key < kLanes; ++key) {
+      float* row = t.v + (first + key) * t.dim;
+      const uint8_t* codes = cache.codes + (slot + first + key) * row_bytes;
+      for (int64_t i = 0; i < t.dim; i += kLanes, codes += kStep) {
+        F32 value = f32(0);
+        if (key < valid) {
+          uint8_t tail[kLanes] = {};
+          const uint8_t* from = codes;
+          if (head_dim - i < kLanes) {
+            __builtin_memcpy(tail, codes, static_cast<size_t>((head_dim - i) * kBits / 8));
+            from = tail;
+          }
+          const I32 code = kBits == 4 ? load_u4(from) : load_u8(from);
+          value = to_f32(code - i32(zeros[key])) * f32(scales[key]);
+        }
+        store(row + i, value);
+      }
+    }
+  }
+}
+
+// ---- Softmax -----------------------------------------------------------------------------------------------------
+
+/// Lane numbers 0 ... 15.
+QUAROT_INLINE I32 lane_numbers() {
+  constexpr int32_t numbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load(numbers);
+}
+
+/// Turns a row of scores of `count` keys into weights exp(score - maximum); updates maximum, sum and factor of row r.
+/// The row may see its first `seen` keys, where mask (null: all) is true.
+QUAROT_INLINE void softmax_row(const Tile& t, int64_t r, int64_t count, int64_t seen, const bool* mask) {
+  float* scores = t.scores + r * kKeys;
+  F32 maxima = f32(t.maximum[r]);
+  for (int64_t c = 0; c < kKeys; c += kLanes) {
+    I32 visible = greater(i32(static_cast<int32_t>(seen - c)), lane_numbers());
+    if (mask != nullptr && c < count) {
+      uint8_t allowed[kLanes] = {};
+      __builtin_memcpy(allowed, mask + c, static_cast<size_t>(count - c < kLanes ? count - c : kLanes));
+      visible = visible & greater(load_u8(allowed), i32(0));
+    }
+    const F32 score = select(visible, load(scores + c) + load(t.poison + c), f32(-kInfinity));
+    store(scores + c, score);
+    maxima = max(score, maxima);  // a NaN is passed over here, and comes out of exp below
+  }
+  const float maximum = reduce_max(maxima);
+  float factor[kLanes];
+  store(factor, exp(f32(t.maximum[r] - maximum)));
+  F32 sum = f32(0);
+  for (int64_t c = 0; c < kKeys; c += kLanes) {
+    const F32 weight = exp(load(scores + c) - f32(maximum));
+    store(scores + c, weight);
+    sum = sum + weight;
+  }
+  t.maximum[r] = maximum;
+  t.factor[r] = factor[0];
+  t.sum[r] = t.sum[r] * factor[0] + reduce_add(sum);
+}
+
+// ---- A task ----------------------------------------------------------------------------------------------------------
+
+/// Query rows [first, first + rows) of sequence b and cache head `head`: row = s * group + (head in the group).
+struct Block {
+  int64_t b, head, first, rows, group;
+  int64_t s(int64_t r) const { return (first + r) / group; }
+  int64_t query_head(int64_t r) const { return head * group + (first + r) % group; }
+};
+
+/// Offset in q and out of row r.
+QUAROT_INLINE int64_t row_offset(const AttentionArgs& a, const Block& block, int64_t r) {
+  return ((block.b * a.seq + block.s(r)) * a.heads + block.query_head(r)) * a.head_dim;
+}
+
+/// Attends to keys [begin, end), a multiple of kKeys or the last one: leaves out, maximum and sum in the tile.
+template <DType kDtype, int kBits>
+void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t begin, int64_t end) {
+  const int64_t length = a.lengths[block.b];
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const int64_t at = row_offset(a, block, r);
+    for (int64_t i = 0; i < t.dim; i += kLanes) {
+      store(t.q + r * t.dim + i, load_upto<kDtype>(a.q, at + i, at + a.head_dim) * f32(a.scale));
+      store(t.out + r * t.dim + i, f32(0));
+    }
+    t.maximum[r] = kLowest;
+    t.sum[r] = 0;
+  }
+  // Keys that row r may see, by causality alone.
+  const auto seen = [&](int64_t r) __attribute__((always_inline)) { return length - a.seq + block.s(r) + 1; };
+  const int64_t last = seen(block.rows - 1);
+  end = end < last ? end : last;
+  const int64_t slots = (block.b * a.kv_heads + block.head) * a.capacity;
+  for (int64_t key = begin; key < end; key += kKeys) {
+    const int64_t count = end - key < kKeys ? end - key : kKeys;
+    dequantize_keys<kBits>(a.k, slots + key, count, a.head_dim, t.k);
+    dequantize_values<kBits>(a.v, slots + key, count, a.head_dim, t);
+    product_rows<kBlock>(t.scores, kKeys, nullptr, t.q, t.dim, t.k, kKeys, a.head_dim, block.rows, kKeys);
+    for (int64_t r = 0; r < block.rows; ++r) {
+      const bool* mask = a.mask == nullptr ? nullptr
+                                           : a.mask + block.b * a.mask_batch_stride +
+                                                 block.query_head(r) * a.mask_head_stride +
+                                                 block.s(r) * a.mask_seq_stride + key;
+      const int64_t visible = seen(r) - key;
+      softmax_row(t, r, count, visible < 0 ? 0 : visible < kKeys ? visible : kKeys, mask);
+    }
+    product_rows<kBlock>(t.out, t.dim, t.factor, t.scores, kKeys, t.v, t.dim, kKeys, block.rows, t.dim);
+  }
+}
+
+/// out = unnormalised / sum, or 0 where nothing was seen; rounded once.
+template <DType kDtype>
+QUAROT_INLINE void write_row(const AttentionArgs& a, int64_t at, const float* unnormalised, float sum) {
+  for (int64_t i = 0; i < a.head_dim; i += kLanes) {
+    const F32 value = sum == 0 ? f32(0) : load_upto<DType::f32>(unnormalised, i, a.head_dim) / f32(sum);
+    store_upto<kDtype>(a.out, at + i, at + a.head_dim, value);
+  }
+}
+
+/// Partial result [head_dim + 2] of the row at `offset` in out, split `part`.
+QUAROT_INLINE float* partial_of(const AttentionArgs& a, const AttentionSplit& split, int64_t offset, int64_t part) {
+  return a.workspace + (offset / a.head_dim * split.splits + part) * attention_partial(a.head_dim);
+}
+
+template <DType kDtype>
+void combine_row(const AttentionArgs& a, const AttentionSplit& split, int64_t row, float* out) {
+  const int64_t n = a.head_dim;
+  float maximum = kLowest;
+  for (int64_t part = 0; part < split.splits; ++part) {
+    const float m = partial_of(a, split, row * n, part)[n];
+    maximum = m > maximum ? m : maximum;
+  }
+  float sum = 0;
+  for (int64_t part = 0; part < split.splits; ++part) {
+    const float* partial = partial_of(a, split, row * n, part);
+    float factor[kLanes];
+    store(factor, exp(f32(partial[n] - maximum)));
+    sum = sum + partial[n + 1] * factor[0];
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const F32 older = part == 0 ? f32(0) : load(out + i);
+      store(out + i, older + load_upto<DType::f32>(partial, i, n) * f32(factor[0]));
+    }
+  }
+  write_row<kDtype>(a, row * n, out, sum);
+}
+
+template <DType kDtype, int kBits>
+void run(const AttentionArgs& a, const AttentionSplit& split, const Executor& executor) {
+  const int64_t group = a.heads / a.kv_heads, rows = a.seq * group;
+  const int64_t parts = split.query_blocks * split.splits;  // one of them is 1
+  const int64_t block_rows = rows < kRows ? rows : kRows;
+  const int64_t dim = ceil_div(a.head_dim, kLanes) * kLanes;
+  parallel_rows(executor, a.batch * a.kv_heads * parts, block_rows * split.keys * dim, [&](int64_t begin, int64_t end) {
+    const Scratch q(kRows * dim), k(dim * kKeys), v(kKeys * dim), scores(kRows * kKeys), out(kRows * dim);
+    const Scratch state(3 * kRows + kKeys);
+    const Tile tile{dim, q.data(), k.data(), v.data(), scores.data(), out.data(), state.data(),
+                    state.data() + kRows, state.data() + 2 * kRows, state.data() + 3 * kRows};
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t pair = task / parts, part = task % parts;
+      // Later queries see more keys: taking blocks from both ends in turn gives each thread its share.
+      const int64_t query_block =
+          split.splits > 1 ? 0 : part % 2 == 0 ? part / 2 : split.query_blocks - 1 - part / 2;
+      const int64_t first = query_block * kRows;
+      const Block block{pair / a.kv_heads, pair % a.kv_heads, first, rows - first < kRows ? rows - first : kRows,
+                        group};
+      if (split.splits == 1) {
+        attend<kDtype, kBits>(a, block, tile, 0, split.keys);
+        for (int64_t r = 0; r < block.rows; ++r) {
+          write_row<kDtype>(a, row_offset(a, block, r), tile.out + r * dim, tile.sum[r]);
+        }
+        continue;
+      }
+      attend<kDtype, kBits>(a, block, tile, part * split.keys, (part + 1) * split.keys);
+      for (int64_t r = 0; r < block.rows; ++r) {
+        float* partial = partial_of(a, split, row_offset(a, block, r), part);
+        __builtin_memcpy(partial, tile.out + r * dim, static_cast<size_t>(a.head_dim) * sizeof(float));
+        partial[a.head_dim] = tile.maximum[r];
+        partial[a.head_dim + 1] = tile.sum[r];
+      }
+    }
+  });
+  if (split.splits == 1) return;
+  parallel_rows(executor, a.batch * a.seq * a.heads, split.splits * a.head_dim, [&](int64_t begin, int64_t end) {
+    const Scratch out(dim);
+    for (int64_t row = begin; row < end; ++row) combine_row<kDtype>(a, split, row, out.data());
+  });
+}
+
+template <DType kDtype>
+void run(const AttentionArgs& a, const AttentionSplit& split, const Executor& executor) {
+  return a.bits == 4 ? run<kDtype, 4>(a, split, executor) : run<kDtype, 8>(a, split, executor);
+}
+
+}  // namespace
+
+void attention(const AttentionArgs& a, const AttentionSplit& split, const Executor& executor) {
+  if (a.seq == 0) return;
+  switch (a.dtype) {
+    case DType::f32: return run<DType::f32>(a, split, executor);
+    case DType::f16: return run<DType::f16>(a, split, executor);
+    case DType::bf16: return run<DType::bf16>(a, split, executor);
+  }
+  __builtin_unreachable();
+}
+
+}  // namespace quarot::cpu::QUAROT_ISA

@@ -1,0 +1,27 @@
+#include "kernels/kv_cache.h"
+
+#include <string>
+
+#include "kernels/cpu/isa.h"
+#include "kernels/error.h"
+
+namespace quarot::cpu {
+
+QUAROT_DECLARE_VARIANTS(void rope_hadamard_kv_append(const KvAppendArgs&, const Executor&))
+
+void rope_hadamard_kv_append(const KvAppendArgs& args, const Executor& executor) {
+  QUAROT_ASSERT(args.bits == 4 || args.bits == 8, "rope_hadamard_kv_append: bits must be 4 or 8");
+  QUAROT_ASSERT(args.head_dim % kHeadDimMultiple == 0 && args.head_dim <= kMaxHeadDim,
+                "rope_hadamard_kv_append: head_dim must be a multiple of 8, at most 256");
+  for (int64_t b = 0; b < args.batch; ++b) {
+    const int64_t start = args.start[b];
+    QUAROT_ASSERT(start >= 0 && start + args.seq <= args.capacity,
+                  "rope_hadamard_kv_append: start[" + std::to_string(b) + "] is " + std::to_string(start) + "; " +
+                      std::to_string(args.seq) + " token(s) from there do not fit a cache of capacity " +
+                      std::to_string(args.capacity));
+  }
+  static const auto kernel = QUAROT_PICK(rope_hadamard_kv_append);
+  kernel(args, executor);
+}
+
+}  // namespace quarot::cpu
