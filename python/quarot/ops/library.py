@@ -25,7 +25,9 @@ DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
 
 def has_kernel(op: str, device: str) -> bool:
     """Whether the library has its own kernel of `op` for a device type."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"quarot::{op}", DEVICES[device])
+    return device in DEVICES and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"quarot::{op}", DEVICES[device]
+    )
 
 
 def _load() -> None:
