@@ -22,7 +22,9 @@ SITES = ("qkv", "o", "up_gate", "down", "k", "v")
 _WEIGHT_BITS = (4, 16)
 _ACTIVATION_BITS = (4, 8, 16)
 _KV_BITS = (4, 8, 16)
-_WEIGHT_GROUPS = (0, 32, 64, 128, 256)
+WEIGHT_GROUPS = (0, 32, 64, 128, 256)
+"""Columns that may share a weight scale; 0 = the whole row."""
+
 _SWITCHES = ("w_clip_search", "a_symmetric", "r1", "r2", "r3", "r4", "head_hadamard")
 
 _NO_ROTATION: dict[str, Any] = {
@@ -92,7 +94,7 @@ class QuarotConfig:
         _one_of("w_bits", self.w_bits, _WEIGHT_BITS)
         _one_of("a_bits", self.a_bits, _ACTIVATION_BITS)
         _one_of("kv_bits", self.kv_bits, _KV_BITS)
-        _one_of("w_group", self.w_group, _WEIGHT_GROUPS)
+        _one_of("w_group", self.w_group, WEIGHT_GROUPS)
         _one_of("rotation", self.rotation, ("hadamard", "random", "given", "none"))
         _one_of("recipe", self.recipe, tuple(RECIPES))
         _ratio("a_clip", self.a_clip)
