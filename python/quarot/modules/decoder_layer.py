@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from quarot import hadamard
 from quarot.cache import CacheSpec, QuantizedLayer, adopt
-from quarot.config import QuarotConfig
+from quarot.config import WEIGHT_GROUPS, QuarotConfig
 from quarot.models.base import Architecture, Geometry
 from quarot.modules import attention
 from quarot.modules import mask as masks
@@ -341,7 +341,7 @@ def _check_width(path: str, columns: int, config: QuarotConfig) -> None:
             f"{path}: has {columns} input columns, 4-bit weights need a multiple of {_K_MULTIPLE}"
         )
     if config.w_group and columns % config.w_group:
-        works = [g for g in (32, 64, 128, 256) if columns % g == 0]
+        works = [group for group in WEIGHT_GROUPS if group and columns % group == 0]
         raise ValueError(
             f"{path}: w_group {config.w_group} does not divide its {columns} input columns; "
             f"needs 0 (the whole row) or one of {works}"
