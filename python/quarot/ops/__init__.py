@@ -23,13 +23,7 @@ import torch
 from torch import Tensor
 
 from quarot import hadamard as _hadamard
-from quarot.ops import reference
-
-# TEMPORARY while quarot._C is being written: the wrappers fail, the reference works.
-try:
-    from quarot.ops import library
-except ImportError as _error:
-    print(_error)
+from quarot.ops import library, reference
 from quarot.ops.reference import Quantized
 
 __all__ = [
