@@ -1,12 +1,14 @@
-// rope_hadamard_kv_append: what a layer does with a new token's query, key and value before attention.
+// rope_hadamard_kv_append: what a layer does with a new token's query, key and value before
+// attention.
 //   q, k:  RoPE on the first `rotary` dimensions (rotate_half convention, the rest passes through),
 //          x'[i] = x[i] * cos[i] + (i < R/2 ? -x[i + R/2] : x[i - R/2]) * sin[i],
 //          then scale * x * H in blocks of matrix.size over the head dimension (hadamard.h);
 //   q:     rounded once to its type and returned;
-//   k, v:  quantized per token and head and written into the cache at positions start[b] .. start[b] + S - 1.
-// All of it in fp32. KV quantizer (bits b): lo = clip * min(x, 0), hi = clip * max(x, 0),
-// scale = fp16(clamp((hi - lo) / (2^b - 1), 2^-14, 65504)), inv = 1 / scale, zero = rint(-lo * inv),
-// clamped as a code is; code = clamp(rint(x * inv) + zero, 0, 2^b - 1): unsigned, x is about scale * (code - zero).
+//   k, v:  quantized per token and head, written into the cache at start[b] ... start[b] + seq - 1.
+// All of it in fp32. KV quantizer (bits b), x is about scale * (code - zero), codes unsigned:
+//   lo = clip * min(x, 0), hi = clip * max(x, 0), top = 2^b - 1
+//   scale = fp16(clamp((hi - lo) / top, 2^-14, 65504)), inv = 1 / scale
+//   zero = clamp(rint(-lo * inv), 0, top), code = clamp(rint(x * inv) + zero, 0, top)
 // A vector with a value that is not finite gets scale NaN, codes 0 and zero 0.
 #pragma once
 
@@ -19,13 +21,13 @@ namespace quarot {
 
 /// One of the two caches of a layer. All parts are contiguous.
 struct KvCache {
-  uint8_t* codes;  // [batch, kv_heads, capacity, head_dim * bits / 8]; 4 bits: even dimension in the low nibble
-  uint16_t* scale; // [batch, kv_heads, capacity] bits of fp16
-  uint8_t* zero;   // [batch, kv_heads, capacity]
+  uint8_t* codes;   // [batch, kv_heads, capacity, head_dim * bits / 8]; 4 bits: even low
+  uint16_t* scale;  // [batch, kv_heads, capacity] bits of fp16
+  uint8_t* zero;    // [batch, kv_heads, capacity]
 };
 
-/// Vectors of [batch, seq, heads, head_dim]: the last dimension is dense, the other strides are free
-/// (in elements), so that q, k and v may be parts of one buffer.
+/// Vectors of [batch, seq, heads, head_dim]: the last dimension is dense, the other strides are
+/// free (in elements), so that q, k and v may be parts of one buffer.
 struct HeadVectors {
   const void* data;
   int64_t batch_stride;
@@ -34,7 +36,7 @@ struct HeadVectors {
 };
 
 struct KvAppendArgs {
-  void* q_out;            // [batch, seq, heads, head_dim] dtype, contiguous
+  void* q_out;  // [batch, seq, heads, head_dim] dtype, contiguous
   KvCache k_cache;
   KvCache v_cache;
   HeadVectors q;          // [batch, seq, heads, head_dim]
@@ -50,11 +52,11 @@ struct KvAppendArgs {
   int64_t seq;
   int64_t heads;
   int64_t kv_heads;
-  int64_t head_dim;       // a multiple of 8, at most kMaxHeadDim
+  int64_t head_dim;  // a multiple of 8, at most kMaxHeadDim
   int64_t capacity;
-  int64_t rotary;         // even, at most head_dim
+  int64_t rotary;               // even, at most head_dim
   int64_t rotary_batch_stride;  // of cos and sin, in elements; 0: the same for all sequences
-  int bits;               // 4 or 8
+  int bits;                     // 4 or 8
   float k_clip;
   float v_clip;
 };

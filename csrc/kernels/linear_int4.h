@@ -1,8 +1,8 @@
 // linear_int4: y = ((acc * s_x) * s_w) (+ bias) (+ residual), in fp32 and in this order, where
 //   acc[i, j] = sum_k x_q[i, k] * w_q[j, k]  -  x_zero[i] * w_sum[j]         exact in int32.
-// With weight scales in groups of k / groups columns, acc and the two products are taken for each group,
-// and the groups are added in ascending order before bias and residual. The result is rounded once, to
-// the output's type.
+// With weight scales in groups of k / groups columns, acc and the two products are taken for each
+// group, and the groups are added in ascending order before bias and residual. The result is
+// rounded once, to the output's type.
 #pragma once
 
 #include <cstdint>
@@ -13,15 +13,15 @@ namespace quarot {
 
 /// Arguments of a quantized linear layer: m tokens, n output channels, k input channels.
 struct LinearInt4Args {
-  void* out;               // [m, n] out_dtype, contiguous
-  const int8_t* x;         // [m, k] codes of 4 or 8 bits, contiguous
-  const float* x_scale;    // [m]
-  const int32_t* x_zero;   // [m] or null: symmetric activations
-  const void* w;           // prepacked by prepack_int4 of the same device
-  const float* w_scale;    // [n, groups]
-  const int32_t* w_sum;    // [n, groups] sums of the codes of each group; read only with x_zero
-  const void* bias;        // [n] bias_dtype or null
-  const void* residual;    // [m, n] residual_dtype, contiguous, or null; may be `out` itself if the types agree
+  void* out;              // [m, n] out_dtype, contiguous
+  const int8_t* x;        // [m, k] codes of 4 or 8 bits, contiguous
+  const float* x_scale;   // [m]
+  const int32_t* x_zero;  // [m] or null: symmetric activations
+  const void* w;          // prepacked by prepack_int4 of the same device
+  const float* w_scale;   // [n, groups]
+  const int32_t* w_sum;   // [n, groups] sums of the codes of each group; read only with x_zero
+  const void* bias;       // [n] bias_dtype or null
+  const void* residual;   // [m, n] residual_dtype, contiguous, or null; `out` itself if types agree
   DType out_dtype;
   DType bias_dtype;
   DType residual_dtype;
@@ -40,26 +40,27 @@ inline constexpr int64_t kLinearInt4GroupMultiple = 8;
 
 namespace cpu {
 
-// The CPU's weight layout, [ceil(n / 16), k / 8, 16, 4] bytes: blocks of 16 output channels; in a block, for
-// each 8 columns, one little-endian 32-bit word a channel. Nibble s of the word's low half is the code of
-// column 2s, nibble s of its high half that of column 2s + 1:
+// The CPU's weight layout, [ceil(n / 16), k / 8, 16, 4] bytes: blocks of 16 output channels; in a
+// block, for each 8 columns, one little-endian 32-bit word a channel. Nibble s of the word's low
+// half is the code of column 2s, nibble s of its high half that of column 2s + 1:
 //
 //     bits   31..28 27..24 23..20 19..16 | 15..12 11..8  7..4   3..0
 //     column      7      5      3      1 |      6     4     2      0
 //
-// so that two shifts of 16-bit lanes make of a word the pair of int16 (column 2s, column 2s + 1) which a
-// multiply-add of pairs (pmaddwd) takes: 16 channels are 16 lanes of int32 sums, and nothing is shuffled.
-// Channels beyond n are zeros.
+// so that two shifts of 16-bit lanes make of a word the pair of int16 (column 2s, column 2s + 1)
+// which a multiply-add of pairs (pmaddwd) takes: 16 channels are 16 lanes of int32 sums, and
+// nothing is shuffled. Channels beyond n are zeros.
 
-inline constexpr int64_t kLinearInt4Channels = 16;       // output channels of a block
-inline constexpr int64_t kLinearInt4Columns = 8;         // input channels of a word
+inline constexpr int64_t kLinearInt4Channels = 16;  // output channels of a block
+inline constexpr int64_t kLinearInt4Columns = 8;    // input channels of a word
 inline constexpr int64_t kLinearInt4WordBytes = 4;
 
-/// dst [ceil(n / 16), k / 8, 64] bytes, 4-byte aligned  <-  src [n, k / 2], canonical (even column low). k % 8 = 0.
+/// dst [ceil(n / 16), k / 8, 64] bytes  <-  src [n, k / 2], canonical (even column low). k % 8 = 0.
 void prepack_int4(uint8_t* dst, const uint8_t* src, int64_t n, int64_t k, const Executor& executor);
 
 /// The inverse: dst [n, k / 2]  <-  src [ceil(n / 16), k / 8, 64].
-void unprepack_int4(uint8_t* dst, const uint8_t* src, int64_t n, int64_t k, const Executor& executor);
+void unprepack_int4(uint8_t* dst, const uint8_t* src, int64_t n, int64_t k,
+                    const Executor& executor);
 
 void linear_int4(const LinearInt4Args& args, const Executor& executor);
 

@@ -15,30 +15,36 @@ struct CacheShape {
 inline CacheShape cache_shape(const Tensor& codes, int64_t bits, const char* op, const char* arg) {
   QUAROT_REQUIRE(bits == 4 || bits == 8, op, "bits must be 4 or 8; got ", bits);
   require_dtype(codes, ScalarType::Byte, op, arg);
-  QUAROT_REQUIRE(codes.dim() == 4, op, arg, " must be [batch, kv_heads, capacity, head_dim * bits / 8]; got ",
+  QUAROT_REQUIRE(codes.dim() == 4, op, arg,
+                 " must be [batch, kv_heads, capacity, head_dim * bits / 8]; got ",
                  describe(codes));
   const CacheShape shape{codes.size(0), codes.size(1), codes.size(2), codes.size(3) * 8 / bits};
-  QUAROT_REQUIRE(shape.head_dim > 0 && shape.head_dim % kHeadDimMultiple == 0 && shape.head_dim <= kMaxHeadDim, op, arg,
-                 ": head_dim must be a multiple of ", kHeadDimMultiple, ", at most ", kMaxHeadDim, "; got ",
-                 shape.head_dim);
+  QUAROT_REQUIRE(
+      shape.head_dim > 0 && shape.head_dim % kHeadDimMultiple == 0 && shape.head_dim <= kMaxHeadDim,
+      op, arg, ": head_dim must be a multiple of ", kHeadDimMultiple, ", at most ", kMaxHeadDim,
+      "; got ", shape.head_dim);
   return shape;
 }
 
-/// Checks one cache tensor. It is read or written in place, so it is never copied: it must be contiguous.
-inline void require_cache_part(const Tensor& x, ScalarType dtype, const Sizes& sizes, const Tensor& like, const char* op,
-                               const char* arg) {
+/// Checks one cache tensor. It is read or written in place, so it is never copied: it must be
+/// contiguous.
+inline void require_cache_part(const Tensor& x, ScalarType dtype, const Sizes& sizes,
+                               const Tensor& like, const char* op, const char* arg) {
   require_dtype(x, dtype, op, arg);
   require_shape(x, sizes, op, arg);
   require_same_device(x, like, op, arg, "q");
-  QUAROT_REQUIRE(x.is_contiguous(), op, arg, " must be contiguous; got ", describe(x), " with other strides");
+  QUAROT_REQUIRE(x.is_contiguous(), op, arg, " must be contiguous; got ", describe(x),
+                 " with other strides");
 }
 
 /// Checks codes, scale fp16 and zero uint8 of one cache; `args` are their names.
-inline void require_cache(const Tensor& codes, const Tensor& scale, const Tensor& zero, const CacheShape& shape,
-                          int64_t bits, const Tensor& like, const char* op, const std::array<const char*, 3>& args) {
+inline void require_cache(const Tensor& codes, const Tensor& scale, const Tensor& zero,
+                          const CacheShape& shape, int64_t bits, const Tensor& like, const char* op,
+                          const std::array<const char*, 3>& args) {
   const Sizes slots{shape.batch, shape.kv_heads, shape.capacity};
   require_cache_part(codes, ScalarType::Byte,
-                     {shape.batch, shape.kv_heads, shape.capacity, shape.head_dim * bits / 8}, like, op, args[0]);
+                     {shape.batch, shape.kv_heads, shape.capacity, shape.head_dim * bits / 8}, like,
+                     op, args[0]);
   require_cache_part(scale, ScalarType::Half, slots, like, op, args[1]);
   require_cache_part(zero, ScalarType::Byte, slots, like, op, args[2]);
 }

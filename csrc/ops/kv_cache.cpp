@@ -10,28 +10,33 @@ namespace {
 
 constexpr const char* kOp = "rope_hadamard_kv_append";
 
-/// A tensor [batch, seq, heads, head_dim] of the given shape and dtype, its last dimension dense (else a copy).
-Tensor require_heads(const Tensor& x, ScalarType dtype, const Sizes& sizes, const Tensor& like, const char* arg) {
+/// A tensor [batch, seq, heads, head_dim] of the given shape and dtype, its last dimension dense
+/// (else a copy).
+Tensor require_heads(const Tensor& x, ScalarType dtype, const Sizes& sizes, const Tensor& like,
+                     const char* arg) {
   require_dtype(x, dtype, kOp, arg);
   require_shape(x, sizes, kOp, arg);
   require_same_device(x, like, kOp, arg, "q");
   return x.stride(3) == 1 ? x : torch::stable::contiguous(x);
 }
 
-HeadVectors heads_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+HeadVectors heads_of(const Tensor& x) {
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
 
-/// Writes k and v into the caches; returns the rotated q, [batch, seq, heads, head_dim], contiguous.
-Tensor rope_hadamard_kv_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
-                               const Tensor& k_codes, const Tensor& k_scale, const Tensor& k_zero,
-                               const Tensor& v_codes, const Tensor& v_scale, const Tensor& v_zero,
-                               const Tensor& start, int64_t bits, int64_t size, OptionalTensor factor, double k_clip,
-                               double v_clip) {
+/// Writes k and v into the caches; returns the rotated q, [batch, seq, heads, head_dim],
+/// contiguous.
+Tensor rope_hadamard_kv_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos,
+                               const Tensor& sin, const Tensor& k_codes, const Tensor& k_scale,
+                               const Tensor& k_zero, const Tensor& v_codes, const Tensor& v_scale,
+                               const Tensor& v_zero, const Tensor& start, int64_t bits,
+                               int64_t size, OptionalTensor factor, double k_clip, double v_clip) {
   const CacheShape shape = cache_shape(k_codes, bits, kOp, "k_codes");
   QUAROT_REQUIRE(q.dim() == 4, kOp, "q must be [batch, seq, heads, head_dim]; got ", describe(q));
   const int64_t batch = q.size(0), seq = q.size(1), heads = q.size(2), head_dim = q.size(3);
-  QUAROT_REQUIRE(shape.batch == batch && shape.head_dim == head_dim, kOp, "k_codes must belong to ", batch,
-                 " sequence(s) and head_dim ", head_dim, " as q ", describe(q), " does; got ", describe(k_codes),
-                 " of ", bits, " bits");
+  QUAROT_REQUIRE(shape.batch == batch && shape.head_dim == head_dim, kOp, "k_codes must belong to ",
+                 batch, " sequence(s) and head_dim ", head_dim, " as q ", describe(q),
+                 " does; got ", describe(k_codes), " of ", bits, " bits");
   const DType dtype = dtype_of(q.scalar_type(), kOp, "q");
   const Sizes kv_sizes{batch, seq, shape.kv_heads, head_dim};
   const Tensor queries = require_heads(q, q.scalar_type(), {batch, seq, heads, head_dim}, q, "q");
@@ -40,10 +45,10 @@ Tensor rope_hadamard_kv_append(const Tensor& q, const Tensor& k, const Tensor& v
   require_cache(k_codes, k_scale, k_zero, shape, bits, q, kOp, {"k_codes", "k_scale", "k_zero"});
   require_cache(v_codes, v_scale, v_zero, shape, bits, q, kOp, {"v_codes", "v_scale", "v_zero"});
 
-  QUAROT_REQUIRE(cos.dim() == 3 && (cos.size(0) == 1 || cos.size(0) == batch) && cos.size(1) == seq &&
-                     cos.size(2) % 2 == 0 && cos.size(2) <= head_dim,
-                 kOp, "cos must be [1 or ", batch, ", ", seq, ", even number of dimensions up to ", head_dim, "]; got ",
-                 describe(cos));
+  QUAROT_REQUIRE(cos.dim() == 3 && (cos.size(0) == 1 || cos.size(0) == batch) &&
+                     cos.size(1) == seq && cos.size(2) % 2 == 0 && cos.size(2) <= head_dim,
+                 kOp, "cos must be [1 or ", batch, ", ", seq, ", even number of dimensions up to ",
+                 head_dim, "]; got ", describe(cos));
   const DType rotary_dtype = dtype_of(cos.scalar_type(), kOp, "cos");
   const Tensor cosines = require_dense(cos, cos.scalar_type(), sizes_of(cos), q, kOp, "cos", "q");
   const Tensor sines = require_dense(sin, cos.scalar_type(), sizes_of(cos), q, kOp, "sin", "q");
@@ -60,10 +65,25 @@ Tensor rope_hadamard_kv_append(const Tensor& q, const Tensor& k, const Tensor& v
       q, KvAppendArgs{out.data_ptr(),
                       {data<uint8_t>(k_codes), data<uint16_t>(k_scale), data<uint8_t>(k_zero)},
                       {data<uint8_t>(v_codes), data<uint16_t>(v_scale), data<uint8_t>(v_zero)},
-                      heads_of(queries), heads_of(keys), heads_of(values),
-                      cosines.data_ptr(), sines.data_ptr(), data<const int32_t>(first), matrix.matrix, dtype,
-                      rotary_dtype, batch, seq, heads, shape.kv_heads, head_dim, shape.capacity, cos.size(2),
-                      cos.size(0) == 1 ? 0 : seq * cos.size(2), static_cast<int>(bits), static_cast<float>(k_clip),
+                      heads_of(queries),
+                      heads_of(keys),
+                      heads_of(values),
+                      cosines.data_ptr(),
+                      sines.data_ptr(),
+                      data<const int32_t>(first),
+                      matrix.matrix,
+                      dtype,
+                      rotary_dtype,
+                      batch,
+                      seq,
+                      heads,
+                      shape.kv_heads,
+                      head_dim,
+                      shape.capacity,
+                      cos.size(2),
+                      cos.size(0) == 1 ? 0 : seq * cos.size(2),
+                      static_cast<int>(bits),
+                      static_cast<float>(k_clip),
                       static_cast<float>(v_clip)});
   return out;
 }

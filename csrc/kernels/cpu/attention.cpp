@@ -6,19 +6,22 @@
 
 namespace quarot::cpu {
 
-QUAROT_DECLARE_VARIANTS(void attention(const AttentionArgs&, const AttentionSplit&, const Executor&))
+QUAROT_DECLARE_VARIANTS(void attention(const AttentionArgs&, const AttentionSplit&,
+                                       const Executor&))
 
-AttentionSplit attention_split(int64_t batch, int64_t seq, int64_t heads, int64_t kv_heads, int64_t longest) {
+AttentionSplit attention_split(int64_t batch, int64_t seq, int64_t heads, int64_t kv_heads,
+                               int64_t longest) {
   const int64_t rows = seq * (heads / kv_heads);
   const int64_t query_blocks = ceil_div(rows, kAttentionRows);
-  if (query_blocks != 1 || batch * kv_heads >= kAttentionEnoughTasks) return {query_blocks, 1, longest};
+  if (query_blocks != 1 || batch * kv_heads >= kAttentionEnoughTasks)
+    return {query_blocks, 1, longest};
   int64_t keys = ceil_div(ceil_div(longest, kAttentionMaxSplits), kAttentionKeys) * kAttentionKeys;
   keys = keys < kAttentionSplitKeys ? kAttentionSplitKeys : keys;
   return {1, longest > keys ? ceil_div(longest, keys) : 1, keys};
 }
 
-int64_t attention_workspace(int64_t batch, int64_t seq, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                            int64_t longest) {
+int64_t attention_workspace(int64_t batch, int64_t seq, int64_t heads, int64_t kv_heads,
+                            int64_t head_dim, int64_t longest) {
   const int64_t splits = attention_split(batch, seq, heads, kv_heads, longest).splits;
   return splits == 1 ? 0 : batch * seq * heads * splits * attention_partial(head_dim);
 }
@@ -34,8 +37,10 @@ void attention(const AttentionArgs& args, const Executor& executor) {
                   "attention: lengths[b] must be in [0, capacity]");
     longest = args.lengths[b] > longest ? args.lengths[b] : longest;
   }
-  const AttentionSplit split = attention_split(args.batch, args.seq, args.heads, args.kv_heads, longest);
-  QUAROT_ASSERT(split.splits == 1 || args.workspace != nullptr, "attention: the workspace is missing");
+  const AttentionSplit split =
+      attention_split(args.batch, args.seq, args.heads, args.kv_heads, longest);
+  QUAROT_ASSERT(split.splits == 1 || args.workspace != nullptr,
+                "attention: the workspace is missing");
   static const auto kernel = QUAROT_PICK(attention);
   kernel(args, split, executor);
 }

@@ -1,22 +1,27 @@
 // Attention over the quantized cache on the CPU. Maths: attention.h; layouts: kv_cache.h.
 //
-// A task is one sequence, one cache head, and a block of at most 64 query rows: row = (query s, head of the group), so
-// that all heads which share a cache head share its dequantized keys. It walks the keys it may see in tiles of 64:
+// A task is one sequence, one cache head, and a block of at most 64 query rows: row = (query s,
+// head of the group), so that all heads which share a cache head share its dequantized keys. It
+// walks the keys it may see in tiles of 64:
 //
-//   keys   -> K [head_dim][64]   fp32, transposed: 32-bit words of 16 keys side by side, then 8 nibbles (4 bytes) each
-//   scores [64 rows][64] = Q K   lanes are keys
-//   online softmax: running maximum m, sum l, factor exp(m_old - m_new) a row
-//   values -> V [64][head_dim]   fp32
-//   out [64 rows][head_dim] = factor * out + P V   lanes are dimensions
+//   K [head_dim][64]       <- keys, fp32, transposed: 32-bit words of 16 keys side by side, then
+//                             the 8 nibbles (4 bytes) of each word
+//   scores [64 rows][64]   <- Q K, lanes are keys
+//   online softmax         running maximum m, sum l and factor exp(m_old - m_new) of each row
+//   V [64][head_dim]       <- values, fp32
+//   out [64 rows][head_dim] <- factor * out + P V, lanes are dimensions
 //
-// (code - zero) * scale is exact in fp32, so dequantizing costs no accuracy. Prefill: tasks are blocks of rows; the bound
-// is the multiply-adds, 2 * rows * keys * head_dim. Decode (one block): tasks are also splits of the keys, each writes its
-// unnormalised result, and a second pass combines them in ascending order; the bound is dequantizing.
+// (code - zero) * scale is exact in fp32, so dequantizing costs no accuracy. Prefill: tasks are
+// blocks of rows; the bound is the multiply-adds, 2 * rows * keys * head_dim. Decode (one block):
+// tasks are also splits of the keys, each writes its unnormalised result, and a second pass
+// combines them in ascending order; the bound is dequantizing.
 //
-// What a row may not see has the score -inf, hence the weight 0. A key or value whose scale is not finite makes NaN of
-// the rows that see it, and of no other: such a value counts as 0, and NaN is added to its key's score.
+// What a row may not see has the score -inf, hence the weight 0. A key or value whose scale is not
+// finite makes NaN of the rows that see it, and of no other: such a value counts as 0, and NaN is
+// added to its key's score.
+//
+// Above 300 lines: the four steps share one tile, and its layout is the file's subject.
 #include "kernels/attention.h"
-
 #include "kernels/cpu/attention_split.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/vec.h"
@@ -45,12 +50,12 @@ struct Tile {
   float* poison;   // [kKeys] 0, or NaN where the value's scale is not finite
 };
 
-// ---- Product of two tiles ---------------------------------------------------------------------------------
+// ---- Product of two tiles -----------------------------------------------------------------------
 
 /// out [R, 16] = (factor ? factor [R] * out : 0) + a [R, depth] * b [depth, 16]; depth ascending.
 template <int R>
-QUAROT_INLINE void product(float* out, int64_t out_stride, const float* factor, const float* a, int64_t a_stride,
-                           const float* b, int64_t b_stride, int64_t depth) {
+QUAROT_INLINE void product(float* out, int64_t out_stride, const float* factor, const float* a,
+                           int64_t a_stride, const float* b, int64_t b_stride, int64_t depth) {
   F32 sum[R];
   for (int r = 0; r < R; ++r) {
     sum[r] = factor == nullptr ? f32(0) : load(out + r * out_stride) * f32(factor[r]);
@@ -64,27 +69,30 @@ QUAROT_INLINE void product(float* out, int64_t out_stride, const float* factor, 
 
 /// The same for any number of rows and `columns`, a multiple of 16.
 template <int R>
-void product_rows(float* out, int64_t out_stride, const float* factor, const float* a, int64_t a_stride, const float* b,
-                  int64_t b_stride, int64_t depth, int64_t rows, int64_t columns) {
+void product_rows(float* out, int64_t out_stride, const float* factor, const float* a,
+                  int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, int64_t rows,
+                  int64_t columns) {
   int64_t r = 0;
   for (; r + R <= rows; r += R) {
     for (int64_t c = 0; c < columns; c += kLanes) {
-      product<R>(out + r * out_stride + c, out_stride, factor == nullptr ? nullptr : factor + r, a + r * a_stride,
-                 a_stride, b + c, b_stride, depth);
+      product<R>(out + r * out_stride + c, out_stride, factor == nullptr ? nullptr : factor + r,
+                 a + r * a_stride, a_stride, b + c, b_stride, depth);
     }
   }
   if constexpr (R > 1) {
     if (r < rows) {
-      product_rows<R - 1>(out + r * out_stride, out_stride, factor == nullptr ? nullptr : factor + r, a + r * a_stride,
-                          a_stride, b, b_stride, depth, rows - r, columns);
+      product_rows<R - 1>(out + r * out_stride, out_stride,
+                          factor == nullptr ? nullptr : factor + r, a + r * a_stride, a_stride, b,
+                          b_stride, depth, rows - r, columns);
     }
   }
 }
 
-// ---- Dequantize ----------------------------------------------------------------------------------------------
+// ---- Dequantize ---------------------------------------------------------------------------------
 
 /// scale and zero of slots [slot, slot + count), count <= 16; the other lanes are 0.
-QUAROT_INLINE void load_grid(const KvCacheView& cache, int64_t slot, int64_t count, F32& scale, I32& zero) {
+QUAROT_INLINE void load_grid(const KvCacheView& cache, int64_t slot, int64_t count, F32& scale,
+                             I32& zero) {
   uint8_t zeros[kLanes] = {};
   __builtin_memcpy(zeros, cache.zero + slot, static_cast<size_t>(count));
   zero = load_u8(zeros);
@@ -93,7 +101,8 @@ QUAROT_INLINE void load_grid(const KvCacheView& cache, int64_t slot, int64_t cou
 
 /// k [dim, kKeys]  <-  slots [slot, slot + count), count <= kKeys; columns beyond are 0.
 template <int kBits>
-void dequantize_keys(const KvCacheView& cache, int64_t slot, int64_t count, int64_t head_dim, float* k) {
+void dequantize_keys(const KvCacheView& cache, int64_t slot, int64_t count, int64_t head_dim,
+                     float* k) {
   constexpr int kPerWord = 32 / kBits;
   const int64_t row_bytes = head_dim * kBits / 8;
   for (int64_t first = 0; first < kKeys; first += kLanes) {
@@ -121,9 +130,11 @@ void dequantize_keys(const KvCacheView& cache, int64_t slot, int64_t count, int6
   }
 }
 
-/// v [kKeys, dim] and poison [kKeys]  <-  slots [slot, slot + count), count <= kKeys; rows beyond are 0.
+/// v [kKeys, dim] and poison [kKeys]  <-  slots [slot, slot + count), count <= kKeys; rows beyond
+/// are 0.
 template <int kBits>
-void dequantize_values(const KvCacheView& cache, int64_t slot, int64_t count, int64_t head_dim, const Tile& t) {
+void dequantize_values(const KvCacheView& cache, int64_t slot, int64_t count, int64_t head_dim,
+                       const Tile& t) {
   const int64_t row_bytes = head_dim * kBits / 8;
   constexpr int64_t kStep = kLanes * kBits / 8;  // bytes of a vector
   for (int64_t first = 0; first < kKeys; first += kLanes) {
@@ -159,7 +170,7 @@ void dequantize_values(const KvCacheView& cache, int64_t slot, int64_t count, in
   }
 }
 
-// ---- Softmax -----------------------------------------------------------------------------------------------------
+// ---- Softmax ------------------------------------------------------------------------------------
 
 /// Lane numbers 0 ... 15.
 QUAROT_INLINE I32 lane_numbers() {
@@ -167,18 +178,26 @@ QUAROT_INLINE I32 lane_numbers() {
   return load(numbers);
 }
 
-/// Turns a row of scores of `count` keys into weights exp(score - maximum); updates maximum, sum and factor of row r.
-/// The row may see its first `seen` keys, where mask (null: all) is true.
-QUAROT_INLINE void softmax_row(const Tile& t, int64_t r, int64_t count, int64_t seen, const bool* mask) {
+/// All ones where mask[c, c + 16) is true, zero where it is false or beyond `count`.
+QUAROT_INLINE I32 load_mask(const bool* mask, int64_t c, int64_t count) {
+  uint8_t tail[kLanes] = {};
+  const auto* from = reinterpret_cast<const uint8_t*>(mask + c);
+  if (count - c < kLanes) {
+    if (count > c) __builtin_memcpy(tail, from, static_cast<size_t>(count - c));
+    from = tail;
+  }
+  return greater(load_u8(from), i32(0));
+}
+
+/// Turns a row of scores of `count` keys into weights exp(score - maximum); updates maximum, sum
+/// and factor of row r. The row may see its first `seen` keys, where mask (null: all) is true.
+QUAROT_INLINE void softmax_row(const Tile& t, int64_t r, int64_t count, int64_t seen,
+                               const bool* mask) {
   float* scores = t.scores + r * kKeys;
   F32 maxima = f32(t.maximum[r]);
   for (int64_t c = 0; c < kKeys; c += kLanes) {
     I32 visible = greater(i32(static_cast<int32_t>(seen - c)), lane_numbers());
-    if (mask != nullptr && c < count) {
-      uint8_t allowed[kLanes] = {};
-      __builtin_memcpy(allowed, mask + c, static_cast<size_t>(count - c < kLanes ? count - c : kLanes));
-      visible = visible & greater(load_u8(allowed), i32(0));
-    }
+    if (mask != nullptr) visible = visible & load_mask(mask, c, count);
     const F32 score = select(visible, load(scores + c) + load(t.poison + c), f32(-kInfinity));
     store(scores + c, score);
     maxima = max(score, maxima);  // a NaN is passed over here, and comes out of exp below
@@ -197,9 +216,10 @@ QUAROT_INLINE void softmax_row(const Tile& t, int64_t r, int64_t count, int64_t 
   t.sum[r] = t.sum[r] * factor[0] + reduce_add(sum);
 }
 
-// ---- A task ----------------------------------------------------------------------------------------------------------
+// ---- A task -------------------------------------------------------------------------------------
 
-/// Query rows [first, first + rows) of sequence b and cache head `head`: row = s * group + (head in the group).
+/// Query rows [first, first + rows) of sequence b and cache head `head`: row = s * group + (head in
+/// the group).
 struct Block {
   int64_t b, head, first, rows, group;
   int64_t s(int64_t r) const { return (first + r) / group; }
@@ -211,7 +231,8 @@ QUAROT_INLINE int64_t row_offset(const AttentionArgs& a, const Block& block, int
   return ((block.b * a.seq + block.s(r)) * a.heads + block.query_head(r)) * a.head_dim;
 }
 
-/// Attends to keys [begin, end), a multiple of kKeys or the last one: leaves out, maximum and sum in the tile.
+/// Attends to keys [begin, end), a multiple of kKeys or the last one: leaves out, maximum and sum
+/// in the tile.
 template <DType kDtype, int kBits>
 void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t begin, int64_t end) {
   const int64_t length = a.lengths[block.b];
@@ -225,7 +246,8 @@ void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t b
     t.sum[r] = 0;
   }
   // Keys that row r may see, by causality alone.
-  const auto seen = [&](int64_t r) __attribute__((always_inline)) { return length - a.seq + block.s(r) + 1; };
+  const auto seen = [&](int64_t r)
+                        __attribute__((always_inline)) { return length - a.seq + block.s(r) + 1; };
   const int64_t last = seen(block.rows - 1);
   end = end < last ? end : last;
   const int64_t slots = (block.b * a.kv_heads + block.head) * a.capacity;
@@ -233,7 +255,8 @@ void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t b
     const int64_t count = end - key < kKeys ? end - key : kKeys;
     dequantize_keys<kBits>(a.k, slots + key, count, a.head_dim, t.k);
     dequantize_values<kBits>(a.v, slots + key, count, a.head_dim, t);
-    product_rows<kBlock>(t.scores, kKeys, nullptr, t.q, t.dim, t.k, kKeys, a.head_dim, block.rows, kKeys);
+    product_rows<kBlock>(t.scores, kKeys, nullptr, t.q, t.dim, t.k, kKeys, a.head_dim, block.rows,
+                         kKeys);
     for (int64_t r = 0; r < block.rows; ++r) {
       const bool* mask = a.mask == nullptr ? nullptr
                                            : a.mask + block.b * a.mask_batch_stride +
@@ -242,21 +265,25 @@ void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t b
       const int64_t visible = seen(r) - key;
       softmax_row(t, r, count, visible < 0 ? 0 : visible < kKeys ? visible : kKeys, mask);
     }
-    product_rows<kBlock>(t.out, t.dim, t.factor, t.scores, kKeys, t.v, t.dim, kKeys, block.rows, t.dim);
+    product_rows<kBlock>(t.out, t.dim, t.factor, t.scores, kKeys, t.v, t.dim, kKeys, block.rows,
+                         t.dim);
   }
 }
 
 /// out = unnormalised / sum, or 0 where nothing was seen; rounded once.
 template <DType kDtype>
-QUAROT_INLINE void write_row(const AttentionArgs& a, int64_t at, const float* unnormalised, float sum) {
+QUAROT_INLINE void write_row(const AttentionArgs& a, int64_t at, const float* unnormalised,
+                             float sum) {
   for (int64_t i = 0; i < a.head_dim; i += kLanes) {
-    const F32 value = sum == 0 ? f32(0) : load_upto<DType::f32>(unnormalised, i, a.head_dim) / f32(sum);
+    const F32 value =
+        sum == 0 ? f32(0) : load_upto<DType::f32>(unnormalised, i, a.head_dim) / f32(sum);
     store_upto<kDtype>(a.out, at + i, at + a.head_dim, value);
   }
 }
 
 /// Partial result [head_dim + 2] of the row at `offset` in out, split `part`.
-QUAROT_INLINE float* partial_of(const AttentionArgs& a, const AttentionSplit& split, int64_t offset, int64_t part) {
+QUAROT_INLINE float* partial_of(const AttentionArgs& a, const AttentionSplit& split, int64_t offset,
+                                int64_t part) {
   return a.workspace + (offset / a.head_dim * split.splits + part) * attention_partial(a.head_dim);
 }
 
@@ -288,40 +315,56 @@ void run(const AttentionArgs& a, const AttentionSplit& split, const Executor& ex
   const int64_t parts = split.query_blocks * split.splits;  // one of them is 1
   const int64_t block_rows = rows < kRows ? rows : kRows;
   const int64_t dim = ceil_div(a.head_dim, kLanes) * kLanes;
-  parallel_rows(executor, a.batch * a.kv_heads * parts, block_rows * split.keys * dim, [&](int64_t begin, int64_t end) {
-    const Scratch q(kRows * dim), k(dim * kKeys), v(kKeys * dim), scores(kRows * kKeys), out(kRows * dim);
-    const Scratch state(3 * kRows + kKeys);
-    const Tile tile{dim, q.data(), k.data(), v.data(), scores.data(), out.data(), state.data(),
-                    state.data() + kRows, state.data() + 2 * kRows, state.data() + 3 * kRows};
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t pair = task / parts, part = task % parts;
-      // Later queries see more keys: taking blocks from both ends in turn gives each thread its share.
-      const int64_t query_block =
-          split.splits > 1 ? 0 : part % 2 == 0 ? part / 2 : split.query_blocks - 1 - part / 2;
-      const int64_t first = query_block * kRows;
-      const Block block{pair / a.kv_heads, pair % a.kv_heads, first, rows - first < kRows ? rows - first : kRows,
-                        group};
-      if (split.splits == 1) {
-        attend<kDtype, kBits>(a, block, tile, 0, split.keys);
-        for (int64_t r = 0; r < block.rows; ++r) {
-          write_row<kDtype>(a, row_offset(a, block, r), tile.out + r * dim, tile.sum[r]);
+  parallel_rows(
+      executor, a.batch * a.kv_heads * parts, block_rows * split.keys * dim,
+      [&](int64_t begin, int64_t end) {
+        const Scratch q(kRows * dim), k(dim * kKeys), v(kKeys * dim), scores(kRows * kKeys),
+            out(kRows * dim);
+        const Scratch state(3 * kRows + kKeys);
+        const Tile tile{dim,
+                        q.data(),
+                        k.data(),
+                        v.data(),
+                        scores.data(),
+                        out.data(),
+                        state.data(),
+                        state.data() + kRows,
+                        state.data() + 2 * kRows,
+                        state.data() + 3 * kRows};
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t pair = task / parts, part = task % parts;
+          // Later queries see more keys: taking blocks from both ends in turn gives each thread its
+          // share.
+          const int64_t query_block = split.splits > 1 ? 0
+                                      : part % 2 == 0  ? part / 2
+                                                       : split.query_blocks - 1 - part / 2;
+          const int64_t first = query_block * kRows;
+          const Block block{pair / a.kv_heads, pair % a.kv_heads, first,
+                            rows - first < kRows ? rows - first : kRows, group};
+          if (split.splits == 1) {
+            attend<kDtype, kBits>(a, block, tile, 0, split.keys);
+            for (int64_t r = 0; r < block.rows; ++r) {
+              write_row<kDtype>(a, row_offset(a, block, r), tile.out + r * dim, tile.sum[r]);
+            }
+            continue;
+          }
+          attend<kDtype, kBits>(a, block, tile, part * split.keys, (part + 1) * split.keys);
+          for (int64_t r = 0; r < block.rows; ++r) {
+            float* partial = partial_of(a, split, row_offset(a, block, r), part);
+            __builtin_memcpy(partial, tile.out + r * dim,
+                             static_cast<size_t>(a.head_dim) * sizeof(float));
+            partial[a.head_dim] = tile.maximum[r];
+            partial[a.head_dim + 1] = tile.sum[r];
+          }
         }
-        continue;
-      }
-      attend<kDtype, kBits>(a, block, tile, part * split.keys, (part + 1) * split.keys);
-      for (int64_t r = 0; r < block.rows; ++r) {
-        float* partial = partial_of(a, split, row_offset(a, block, r), part);
-        __builtin_memcpy(partial, tile.out + r * dim, static_cast<size_t>(a.head_dim) * sizeof(float));
-        partial[a.head_dim] = tile.maximum[r];
-        partial[a.head_dim + 1] = tile.sum[r];
-      }
-    }
-  });
+      });
   if (split.splits == 1) return;
-  parallel_rows(executor, a.batch * a.seq * a.heads, split.splits * a.head_dim, [&](int64_t begin, int64_t end) {
-    const Scratch out(dim);
-    for (int64_t row = begin; row < end; ++row) combine_row<kDtype>(a, split, row, out.data());
-  });
+  parallel_rows(executor, a.batch * a.seq * a.heads, split.splits * a.head_dim,
+                [&](int64_t begin, int64_t end) {
+                  const Scratch out(dim);
+                  for (int64_t row = begin; row < end; ++row)
+                    combine_row<kDtype>(a, split, row, out.data());
+                });
 }
 
 template <DType kDtype>
@@ -334,9 +377,12 @@ void run(const AttentionArgs& a, const AttentionSplit& split, const Executor& ex
 void attention(const AttentionArgs& a, const AttentionSplit& split, const Executor& executor) {
   if (a.seq == 0) return;
   switch (a.dtype) {
-    case DType::f32: return run<DType::f32>(a, split, executor);
-    case DType::f16: return run<DType::f16>(a, split, executor);
-    case DType::bf16: return run<DType::bf16>(a, split, executor);
+    case DType::f32:
+      return run<DType::f32>(a, split, executor);
+    case DType::f16:
+      return run<DType::f16>(a, split, executor);
+    case DType::bf16:
+      return run<DType::bf16>(a, split, executor);
   }
   __builtin_unreachable();
 }

@@ -1,5 +1,5 @@
-// How the CPU's attention divides its work: by shapes and lengths alone, never by the number of threads, so that
-// its result is the same with any.
+// How the CPU's attention divides its work: by shapes and lengths alone, never by the number of
+// threads, so that its result is the same with any.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,8 @@ struct AttentionSplit {
   int64_t keys;  // of a split, a multiple of kAttentionKeys unless splits is 1
 };
 
-/// Floats of a partial result: its unnormalised output, the scores' maximum and the sum of exponentials.
+/// Floats of a partial result: its unnormalised output, the scores' maximum and the sum of
+/// exponentials.
 inline constexpr int64_t attention_partial(int64_t head_dim) { return head_dim + 2; }
 
 }  // namespace quarot::cpu

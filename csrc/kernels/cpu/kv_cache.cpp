@@ -16,8 +16,9 @@ void rope_hadamard_kv_append(const KvAppendArgs& args, const Executor& executor)
   for (int64_t b = 0; b < args.batch; ++b) {
     const int64_t start = args.start[b];
     QUAROT_ASSERT(start >= 0 && start + args.seq <= args.capacity,
-                  "rope_hadamard_kv_append: start[" + std::to_string(b) + "] is " + std::to_string(start) + "; " +
-                      std::to_string(args.seq) + " token(s) from there do not fit a cache of capacity " +
+                  "rope_hadamard_kv_append: start[" + std::to_string(b) + "] is " +
+                      std::to_string(start) + "; " + std::to_string(args.seq) +
+                      " token(s) from there do not fit a cache of capacity " +
                       std::to_string(args.capacity));
   }
   static const auto kernel = QUAROT_PICK(rope_hadamard_kv_append);

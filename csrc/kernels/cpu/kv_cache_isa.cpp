@@ -1,17 +1,17 @@
-// rope_hadamard_kv_append on the CPU. Maths and layouts: kv_cache.h. Threads share the tokens; for a token the
-// cosines and sines are converted once, then each head's vector is rotated, transformed and quantized in scratch
-// memory. The bound is memory at prefill; at decode the whole call is some thousand elements.
-#include "kernels/kv_cache.h"
-
+// rope_hadamard_kv_append on the CPU. Maths and layouts: kv_cache.h. Threads share the tokens; for
+// a token the cosines and sines are converted once, then each head's vector is rotated, transformed
+// and quantized in scratch memory. The bound is memory at prefill; at decode the whole call is some
+// thousand elements.
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/transform.h"
 #include "kernels/cpu/vec.h"
+#include "kernels/kv_cache.h"
 
 namespace quarot::cpu::QUAROT_ISA {
 namespace {
 
-constexpr float kScaleMin = 0x1p-14f;   // the smallest normal fp16
-constexpr float kScaleMax = 65504.0f;   // the largest
+constexpr float kScaleMin = 0x1p-14f;  // the smallest normal fp16
+constexpr float kScaleMax = 65504.0f;  // the largest
 constexpr uint16_t kNaN16 = 0x7e00;
 constexpr int32_t kInfinityBits = 0x7f800000;
 
@@ -23,29 +23,34 @@ QUAROT_INLINE void load_vector(float* x, const void* data, int64_t i, int64_t n)
 
 QUAROT_INLINE void load_vector_any(float* x, DType dtype, const void* data, int64_t i, int64_t n) {
   switch (dtype) {
-    case DType::f32: return load_vector<DType::f32>(x, data, i, n);
-    case DType::f16: return load_vector<DType::f16>(x, data, i, n);
-    case DType::bf16: return load_vector<DType::bf16>(x, data, i, n);
+    case DType::f32:
+      return load_vector<DType::f32>(x, data, i, n);
+    case DType::f16:
+      return load_vector<DType::f16>(x, data, i, n);
+    case DType::bf16:
+      return load_vector<DType::bf16>(x, data, i, n);
   }
   __builtin_unreachable();
 }
 
-/// RoPE in place: pairs (i, i + rotary / 2) of x turn by the angles whose cosines and sines are given.
+/// RoPE in place: pairs (i, i + rotary / 2) of x turn by the angles whose cosines and sines are
+/// given.
 QUAROT_INLINE void rope(float* x, const float* cos, const float* sin, int64_t rotary) {
   constexpr auto f = DType::f32;
   const int64_t half = rotary / 2;
   for (int64_t i = 0; i < half; i += kLanes) {
     const F32 a = load_upto<f>(x, i, half), b = load_upto<f>(x + half, i, half);
     const F32 first = a * load_upto<f>(cos, i, half) - b * load_upto<f>(sin, i, half);
-    const F32 second = b * load_upto<f>(cos + half, i, half) + a * load_upto<f>(sin + half, i, half);
+    const F32 second =
+        b * load_upto<f>(cos + half, i, half) + a * load_upto<f>(sin + half, i, half);
     store_upto<f>(x, i, half, first);
     store_upto<f>(x + half, i, half, second);
   }
 }
 
 /// Quantizes x [n] (zeros up to a whole number of lanes) into slot `slot` of the cache.
-QUAROT_INLINE void quantize_into(const KvCache& cache, int64_t slot, const float* x, int64_t n, int bits_per_code,
-                                 float clip) {
+QUAROT_INLINE void quantize_into(const KvCache& cache, int64_t slot, const float* x, int64_t n,
+                                 int bits_per_code, float clip) {
   const int32_t top = (1 << bits_per_code) - 1;
   F32 low = f32(0), high = f32(0);
   I32 magnitude = i32(0);  // of the bit patterns: infinity and NaN are the largest
@@ -87,7 +92,8 @@ QUAROT_INLINE void quantize_into(const KvCache& cache, int64_t slot, const float
       store_i8(reinterpret_cast<int8_t*>(out), code);
     }
     const int64_t count = n - i < kLanes ? n - i : kLanes;
-    __builtin_memcpy(codes + i * bits_per_code / 8, out, static_cast<size_t>(count * bits_per_code / 8));
+    __builtin_memcpy(codes + i * bits_per_code / 8, out,
+                     static_cast<size_t>(count * bits_per_code / 8));
   }
 }
 
@@ -102,7 +108,8 @@ void append(const KvAppendArgs& a, int64_t begin, int64_t end) {
     rope(x.data(), cos.data(), sin.data(), a.rotary);
     if (a.matrix.size == 1) return;
     transform(x.data(), n);
-    for (int64_t i = 0; i < n; i += kLanes) store(x.data() + i, load(x.data() + i) * f32(a.matrix.scale));
+    for (int64_t i = 0; i < n; i += kLanes)
+      store(x.data() + i, load(x.data() + i) * f32(a.matrix.scale));
   };
   for (int64_t token = begin; token < end; ++token) {
     const int64_t b = token / a.seq, s = token % a.seq;
@@ -115,7 +122,8 @@ void append(const KvAppendArgs& a, int64_t begin, int64_t end) {
     for (int64_t h = 0; h < a.heads; ++h) {
       rotate(a.q, at(a.q, h));
       const int64_t out = (token * a.heads + h) * n;
-      for (int64_t i = 0; i < n; i += kLanes) store_upto<kDtype>(a.q_out, out + i, out + n, load(x.data() + i));
+      for (int64_t i = 0; i < n; i += kLanes)
+        store_upto<kDtype>(a.q_out, out + i, out + n, load(x.data() + i));
     }
     for (int64_t h = 0; h < a.kv_heads; ++h) {
       const int64_t slot = (b * a.kv_heads + h) * a.capacity + a.start[b] + s;
@@ -133,9 +141,12 @@ void rope_hadamard_kv_append(const KvAppendArgs& a, const Executor& executor) {
   const int64_t elements = (a.heads + 2 * a.kv_heads) * a.head_dim;
   parallel_rows(executor, a.batch * a.seq, elements, [&](int64_t begin, int64_t end) {
     switch (a.dtype) {
-      case DType::f32: return append<DType::f32>(a, begin, end);
-      case DType::f16: return append<DType::f16>(a, begin, end);
-      case DType::bf16: return append<DType::bf16>(a, begin, end);
+      case DType::f32:
+        return append<DType::f32>(a, begin, end);
+      case DType::f16:
+        return append<DType::f16>(a, begin, end);
+      case DType::bf16:
+        return append<DType::bf16>(a, begin, end);
     }
     __builtin_unreachable();
   });

@@ -6,8 +6,10 @@
 namespace quarot::cpu {
 
 QUAROT_DECLARE_VARIANTS(void linear_int4(const LinearInt4Args&, const Executor&))
-QUAROT_DECLARE_VARIANTS(void prepack_int4(uint8_t*, const uint8_t*, int64_t, int64_t, const Executor&))
-QUAROT_DECLARE_VARIANTS(void unprepack_int4(uint8_t*, const uint8_t*, int64_t, int64_t, const Executor&))
+QUAROT_DECLARE_VARIANTS(void prepack_int4(uint8_t*, const uint8_t*, int64_t, int64_t,
+                                          const Executor&))
+QUAROT_DECLARE_VARIANTS(void unprepack_int4(uint8_t*, const uint8_t*, int64_t, int64_t,
+                                            const Executor&))
 
 void linear_int4(const LinearInt4Args& args, const Executor& executor) {
   QUAROT_ASSERT(args.k > 0 && args.k % kLinearInt4KMultiple == 0 && args.k <= kLinearInt4KMax,
@@ -20,13 +22,15 @@ void linear_int4(const LinearInt4Args& args, const Executor& executor) {
   kernel(args, executor);
 }
 
-void prepack_int4(uint8_t* dst, const uint8_t* src, int64_t n, int64_t k, const Executor& executor) {
+void prepack_int4(uint8_t* dst, const uint8_t* src, int64_t n, int64_t k,
+                  const Executor& executor) {
   QUAROT_ASSERT(k % kLinearInt4Columns == 0, "prepack_int4: k must be a multiple of 8");
   static const auto kernel = QUAROT_PICK(prepack_int4);
   kernel(dst, src, n, k, executor);
 }
 
-void unprepack_int4(uint8_t* dst, const uint8_t* src, int64_t n, int64_t k, const Executor& executor) {
+void unprepack_int4(uint8_t* dst, const uint8_t* src, int64_t n, int64_t k,
+                    const Executor& executor) {
   QUAROT_ASSERT(k % kLinearInt4Columns == 0, "unprepack_int4: k must be a multiple of 8");
   static const auto kernel = QUAROT_PICK(unprepack_int4);
   kernel(dst, src, n, k, executor);

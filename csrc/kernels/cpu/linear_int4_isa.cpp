@@ -1,11 +1,11 @@
-// linear_int4 on the CPU: int8 x int4 -> int32 in pairs of columns (pmaddwd: a lane of 32 bits multiplies two
-// pairs of int16 and adds both products; nothing saturates), then the fp32 epilogue. Maths: linear_int4.h,
-// weight layout: the same, under cpu::.
+// linear_int4 on the CPU: int8 x int4 -> int32 in pairs of columns (pmaddwd: a lane of 32 bits
+// multiplies two pairs of int16 and adds both products; nothing saturates), then the fp32 epilogue.
+// Maths: linear_int4.h, weight layout: the same, under cpu::.
 //
-// A task is a block of at most 64 rows times a chunk of at most 8 x 16 channels. It walks the columns in
-// segments of at most 512, which end where a weight group ends:
+// A task is a block of at most 60 rows times a chunk of at most 8 x 16 channels. It walks the
+// columns in segments of at most 512, which end where a weight group ends:
 //
-//   widen the segment of its rows to int16          64 x 512 x 2 B = 64 KB, L2
+//   widen the segment of its rows to int16          60 x 512 x 2 B = 60 KB, L2
 //   for each block of 16 channels:
 //     unpack the segment's weights to int16         512 x 16 x 2 B = 16 KB, L1; once for all rows
 //     for each 6 rows: 6 x 16 int32 in registers += the segment
@@ -15,10 +15,10 @@
 // columns, and the bound is memory: n * k / 2 bytes.
 // Otherwise the bound is the multiplier: 16 multiply-adds a pmaddwd and add of an AVX2 register.
 // Sums are exact and each output is scaled by itself, so the blocking never shows in a result.
-#include "kernels/linear_int4.h"
-
+// Above 300 lines: both directions of the layout stand beside the loop that reads it.
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/vec.h"
+#include "kernels/linear_int4.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -29,7 +29,7 @@ namespace {
 
 static_assert(kLanes == kLinearInt4Channels);
 
-// Rows whose sums stay in registers: 6 x 2 of the 16 AVX2 registers beside weights and x, 2 x 4 of SSE's.
+// Rows whose sums stay in registers: 6 x 2 of 16 (AVX2) beside weights and x, 2 x 4 of 16 (SSE).
 constexpr int kRows = kRegisterBytes == 16 ? 2 : 6;
 // Up to so many rows unpack in registers: beyond, unpacking once through L1 is faster.
 constexpr int kPackedRows = 2;
@@ -38,9 +38,10 @@ constexpr int64_t kSegment = 512;
 constexpr int64_t kChunkBlocks = 8;
 constexpr int64_t kColumns = kLinearInt4Columns;
 constexpr int64_t kPairs = kColumns / 2;
-constexpr int64_t kBlockBytes = kLinearInt4Channels * kLinearInt4WordBytes;  // of 16 channels x 8 columns
+// Of 16 channels x 8 columns.
+constexpr int64_t kBlockBytes = kLinearInt4Channels * kLinearInt4WordBytes;
 
-// ---- Pairs of int16 in lanes of 32 bits ----------------------------------------------------------------
+// ---- Pairs of int16 in lanes of 32 bits ---------------------------------------------------------
 
 /// Low half times low half plus high half times high half, as int16 -> int32.
 QUAROT_INLINE NativeI32 multiply_add(NativeI32 a, NativeI32 b) {
@@ -59,7 +60,8 @@ QUAROT_INLINE Pair<V> multiply_add(const Pair<V>& a, const Pair<V>& b) {
   return {multiply_add(a.lo, b.lo), multiply_add(a.hi, b.hi)};
 }
 
-/// Nibble `kIndex` of both halves of each lane, sign-extended: the codes of columns 2 kIndex, 2 kIndex + 1.
+/// Nibble `kIndex` of both halves of each lane, sign-extended: the codes of columns 2 kIndex, 2
+/// kIndex + 1.
 template <int kIndex>
 QUAROT_INLINE NativeI32 code_pair(NativeI32 word) {
   using NativeI16 = Native<int16_t, kRegisterBytes>::type;
@@ -77,11 +79,13 @@ QUAROT_INLINE I32 column_pair(const int16_t* x, int64_t p) {
   return i32(pair);
 }
 
-// ---- One segment of columns: R rows x 16 channels ------------------------------------------------------
+// ---- One segment of columns: R rows x 16 channels -----------------------------------------------
 
-/// acc [R, 16] += x [R, columns] (rows kSegment apart) * unpacked weights w [columns / 2, 16] pairs.
+/// acc [R, 16] += x [R, columns] (rows kSegment apart) * unpacked weights w [columns / 2, 16]
+/// pairs.
 template <int R>
-QUAROT_INLINE void accumulate_unpacked(int32_t* acc, const int16_t* x, const void* w, int64_t columns) {
+QUAROT_INLINE void accumulate_unpacked(int32_t* acc, const int16_t* x, const void* w,
+                                       int64_t columns) {
   const int32_t* pairs = static_cast<const int32_t*>(w);
   I32 sum[R];
   for (int r = 0; r < R; ++r) sum[r] = load(acc + r * kLanes);
@@ -104,7 +108,8 @@ QUAROT_INLINE void accumulate_code(I32 (&sum)[R], const I32& word, const int16_t
 
 /// The same from packed weights w [columns / 8, 64] bytes.
 template <int R>
-QUAROT_INLINE void accumulate_packed(int32_t* acc, const int16_t* x, const void* w, int64_t columns) {
+QUAROT_INLINE void accumulate_packed(int32_t* acc, const int16_t* x, const void* w,
+                                     int64_t columns) {
   const uint8_t* words = static_cast<const uint8_t*>(w);
   I32 sum[R];
   for (int r = 0; r < R; ++r) sum[r] = load(acc + r * kLanes);
@@ -144,7 +149,8 @@ void unpack(int32_t* pairs, const uint8_t* w, int64_t columns) {
   }
 }
 
-/// dst [rows, columns], rows kSegment apart  <-  src [rows, columns], rows `stride` apart. columns % 8 = 0.
+/// dst [rows, columns], rows kSegment apart  <-  src [rows, columns], rows `stride` apart. columns
+/// % 8 = 0.
 void widen(int16_t* dst, const int8_t* src, int64_t stride, int64_t rows, int64_t columns) {
   typedef int8_t I8x8 __attribute__((vector_size(8)));
   typedef int16_t I16x8 __attribute__((vector_size(16)));
@@ -155,22 +161,28 @@ void widen(int16_t* dst, const int8_t* src, int64_t stride, int64_t rows, int64_
   }
 }
 
-// ---- Epilogue --------------------------------------------------------------------------------------------
+// ---- Epilogue -----------------------------------------------------------------------------------
 
 QUAROT_INLINE F32 load_any(DType dtype, const void* data, int64_t i, int64_t count) {
   switch (dtype) {
-    case DType::f32: return load_upto<DType::f32>(data, i, i + count);
-    case DType::f16: return load_upto<DType::f16>(data, i, i + count);
-    case DType::bf16: return load_upto<DType::bf16>(data, i, i + count);
+    case DType::f32:
+      return load_upto<DType::f32>(data, i, i + count);
+    case DType::f16:
+      return load_upto<DType::f16>(data, i, i + count);
+    case DType::bf16:
+      return load_upto<DType::bf16>(data, i, i + count);
   }
   __builtin_unreachable();
 }
 
 QUAROT_INLINE void store_any(DType dtype, void* data, int64_t i, int64_t count, const F32& v) {
   switch (dtype) {
-    case DType::f32: return store_upto<DType::f32>(data, i, i + count, v);
-    case DType::f16: return store_upto<DType::f16>(data, i, i + count, v);
-    case DType::bf16: return store_upto<DType::bf16>(data, i, i + count, v);
+    case DType::f32:
+      return store_upto<DType::f32>(data, i, i + count, v);
+    case DType::f16:
+      return store_upto<DType::f16>(data, i, i + count, v);
+    case DType::bf16:
+      return store_upto<DType::bf16>(data, i, i + count, v);
   }
   __builtin_unreachable();
 }
@@ -214,18 +226,18 @@ void finish(const float* y, const LinearInt4Args& a, const Tile& tile) {
   }
 }
 
-// ---- A task ------------------------------------------------------------------------------------------------
+// ---- A task -------------------------------------------------------------------------------------
 
 /// A thread's memory; each part is [channel blocks of the chunk,] rows, ....
 struct Buffers {
-  int32_t* acc;   // [kChunkBlocks, kBlockRows, 16], zero between groups
-  float* y;       // [kChunkBlocks, kBlockRows, 16]
-  int16_t* x;     // [kBlockRows, kSegment]
-  int32_t* w;     // [kSegment / 2, 16] pairs of int16
+  int32_t* acc;  // [kChunkBlocks, kBlockRows, 16], zero between groups
+  float* y;      // [kChunkBlocks, kBlockRows, 16]
+  int16_t* x;    // [kBlockRows, kSegment]
+  int32_t* w;    // [kSegment / 2, 16] pairs of int16
 };
 
-void run_task(const LinearInt4Args& a, const Buffers& buffers, int64_t row, int64_t rows, int64_t first_block,
-              int64_t blocks) {
+void run_task(const LinearInt4Args& a, const Buffers& buffers, int64_t row, int64_t rows,
+              int64_t first_block, int64_t blocks) {
   const auto* weights = static_cast<const uint8_t*>(a.w);
   const int64_t group_size = a.k / a.groups;
   for (int64_t begin = 0, end; begin < a.k; begin = end) {
@@ -253,7 +265,7 @@ void run_task(const LinearInt4Args& a, const Buffers& buffers, int64_t row, int6
 
 }  // namespace
 
-// ---- Entry points --------------------------------------------------------------------------------------------
+// ---- Entry points -------------------------------------------------------------------------------
 
 void linear_int4(const LinearInt4Args& a, const Executor& executor) {
   if (a.m == 0 || a.n == 0) return;
@@ -263,14 +275,17 @@ void linear_int4(const LinearInt4Args& a, const Executor& executor) {
   int64_t chunk = row_blocks * blocks / (4 * executor.threads);
   chunk = chunk < 1 ? 1 : chunk > kChunkBlocks ? kChunkBlocks : chunk;
   const int64_t tasks = ceil_div(blocks, chunk) * row_blocks;
-  const int64_t work = (a.m < kBlockRows ? a.m : kBlockRows) * chunk * a.k;  // a weight word is one element
+  const int64_t work =
+      (a.m < kBlockRows ? a.m : kBlockRows) * chunk * a.k;  // vectors of 16 multiply-adds
   // Consecutive tasks share their weights: those are read from memory once.
   parallel_rows(executor, tasks, work, [&](int64_t begin, int64_t end) {
     const Scratch acc(kChunkBlocks * kBlockRows * kLanes), y(kChunkBlocks * kBlockRows * kLanes);
     const Scratch x(kBlockRows * kSegment / 2), w(kSegment / 2 * kLanes);
     const Buffers buffers{reinterpret_cast<int32_t*>(acc.data()), y.data(),
-                          reinterpret_cast<int16_t*>(x.data()), reinterpret_cast<int32_t*>(w.data())};
-    __builtin_memset(buffers.acc, 0, static_cast<size_t>(kChunkBlocks * kBlockRows * kLanes) * sizeof(int32_t));
+                          reinterpret_cast<int16_t*>(x.data()),
+                          reinterpret_cast<int32_t*>(w.data())};
+    __builtin_memset(buffers.acc, 0,
+                     static_cast<size_t>(kChunkBlocks * kBlockRows * kLanes) * sizeof(int32_t));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task % row_blocks * kBlockRows;
       const int64_t block = task / row_blocks * chunk;
@@ -280,9 +295,11 @@ void linear_int4(const LinearInt4Args& a, const Executor& executor) {
   });
 }
 
-// Both directions move the nibbles of a 32-bit word; canonical: byte s holds column 2s low and 2s + 1 high.
+// Both directions move the nibbles of a 32-bit word; canonical: byte s holds column 2s low and 2s +
+// 1 high.
 
-void prepack_int4(uint8_t* dst, const uint8_t* src, int64_t n, int64_t k, const Executor& executor) {
+void prepack_int4(uint8_t* dst, const uint8_t* src, int64_t n, int64_t k,
+                  const Executor& executor) {
   const int64_t words = k / kColumns;
   parallel_rows(executor, ceil_div(n, kLanes), words * kLanes, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
@@ -290,26 +307,30 @@ void prepack_int4(uint8_t* dst, const uint8_t* src, int64_t n, int64_t k, const 
         for (int64_t c = 0; c < kLanes; ++c) {
           uint32_t word = 0;
           const int64_t channel = block * kLanes + c;
-          if (channel < n) __builtin_memcpy(&word, src + (channel * words + i) * kLinearInt4WordBytes, 4);
+          if (channel < n)
+            __builtin_memcpy(&word, src + (channel * words + i) * kLinearInt4WordBytes, 4);
           uint32_t even = word & 0x0f0f0f0fu, odd = (word >> 4) & 0x0f0f0f0fu;
           even = (even | even >> 4) & 0x00ff00ffu;
           odd = (odd | odd >> 4) & 0x00ff00ffu;
           word = ((even | even >> 8) & 0xffffu) | (odd | odd >> 8) << 16;
-          __builtin_memcpy(dst + (block * words + i) * kBlockBytes + c * kLinearInt4WordBytes, &word, 4);
+          __builtin_memcpy(dst + (block * words + i) * kBlockBytes + c * kLinearInt4WordBytes,
+                           &word, 4);
         }
       }
     }
   });
 }
 
-void unprepack_int4(uint8_t* dst, const uint8_t* src, int64_t n, int64_t k, const Executor& executor) {
+void unprepack_int4(uint8_t* dst, const uint8_t* src, int64_t n, int64_t k,
+                    const Executor& executor) {
   const int64_t words = k / kColumns;
   parallel_rows(executor, n, words, [&](int64_t begin, int64_t end) {
     for (int64_t channel = begin; channel < end; ++channel) {
       const uint8_t* block = src + channel / kLanes * words * kBlockBytes;
       for (int64_t i = 0; i < words; ++i) {
         uint32_t word;
-        __builtin_memcpy(&word, block + i * kBlockBytes + channel % kLanes * kLinearInt4WordBytes, 4);
+        __builtin_memcpy(&word, block + i * kBlockBytes + channel % kLanes * kLinearInt4WordBytes,
+                         4);
         uint32_t even = word & 0xffffu, odd = word >> 16;
         even = (even | even << 8) & 0x00ff00ffu;
         odd = (odd | odd << 8) & 0x00ff00ffu;
