@@ -36,8 +36,9 @@ help:
 demo: .venv/built .venv/model
 	HF_HUB_OFFLINE=1 $(PY) -m quarot demo
 
+# Passive waiting: idle OpenMP threads that spin would take the cores from whatever runs beside.
 test: .venv/built .venv/model
-	HF_HUB_OFFLINE=1 $(PY) -m pytest tests
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest tests
 
 bench: .venv/built
 	$(PY) -m pytest -q -s benchmarks

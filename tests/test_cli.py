@@ -273,7 +273,8 @@ def test_demo_shows_four_forms_and_their_answers(run: Run, folder: str) -> None:
         (["generate", "{model}"], 2, "--prompt"),
         (["eval", "{model}", "--text", "{text}", "--windows", "999"], 1, "windows: got a text of"),
         (["eval", "no such folder/model.gguf"], 1, "there is no file"),
-        (["eval", "./no-such-folder"], 1, "no-such-folder"),
+        (["eval", "./no-such-folder"], 2, "there is no file or folder ./no-such-folder"),
+        (["eval", "{model}", "--reference", "/no/such"], 2, "there is no file or folder /no/such"),
     ],
 )
 def test_error_is_one_line(
@@ -287,6 +288,19 @@ def test_error_is_one_line(
     assert line.startswith("quarot: error: ")
     assert message in line
     assert "Traceback" not in err
+
+
+def test_without_arguments_there_is_help(run: Run) -> None:
+    code, out, _ = run()
+    assert code == 0
+    assert all(verb in out for verb in ("convert", "eval", "generate", "info", "demo"))
+    assert run("--version")[:2] == (0, f"quarot {quarot.__version__}\n")
+
+
+def test_folder_without_a_model_is_named(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("eval", str(tmp_path))
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].startswith(f"quarot: error: cannot load {tmp_path}: ")
 
 
 def test_checkpoint_cannot_be_converted_again(run: Run, folder: str, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ TIERS: dict[str, tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]] = {
     ),
     "ops": (
         re.compile(r"ops/.+"),
-        re.compile(r"kernels/[^/]+\.h|ops/.+"),
+        re.compile(r"kernels/[^/]+\.h|kernels/cpu/isa\.h|ops/.+"),
         # The stable ABI only (and its C shims): ATen and c10 tie a build to one torch version.
         re.compile(
             r"[a-z0-9_]+|pybind11/.+|torch/csrc/stable/.+|torch/headeronly/.+"

