@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> Any:
@@ -72,3 +74,110 @@ MODEL_SHAPES: dict[str, dict[str, Any]] = {
     "qwen2-tied": {"family": "qwen2", "tie_word_embeddings": True},
 }
 """The shapes that rotation and conversion must hold for: name -> arguments of `tiny_model`."""
+
+
+def assert_accurate(actual: Tensor, in_torch: Tensor, exact: Tensor) -> None:
+    """Check a float result by DESIGN section 8's rule, against the float64 value `exact`.
+
+    The largest error may be twice that of `in_torch`, the same formula in torch and the same dtype,
+    plus one ulp of the largest value.
+    """
+    assert actual.dtype == in_torch.dtype and actual.shape == exact.shape
+    assert exact.dtype == torch.float64 and exact.isfinite().all()
+    if exact.numel() == 0:
+        return
+    error, allowed = ((x.cpu().double() - exact).abs().max() for x in (actual, in_torch))
+    ulp = torch.finfo(actual.dtype).eps * exact.abs().max()
+    assert error <= 2 * allowed + ulp, f"error {error:.3g}, torch's {allowed:.3g}, ulp {ulp:.3g}"
+
+
+def ulps_apart(a: Tensor, b: Tensor) -> Tensor:
+    """Distance of positive finite float32 or float16 numbers, in units in the last place."""
+    bits = {torch.float32: torch.int32, torch.float16: torch.int16}[a.dtype]
+    return (a.contiguous().cpu().view(bits).long() - b.contiguous().cpu().view(bits).long()).abs()
+
+
+def assert_codes_agree(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """Check (codes, scale, zero) of an op with a transform, norm or exponential (DESIGN section 4).
+
+    Scales within 4 ulp; codes and zero points differ by at most 1, in at most 0.1 % of elements.
+    """
+    for a, e in zip(actual, expected, strict=True):
+        if e is None:
+            assert a is None
+            continue
+        assert a.dtype == e.dtype and a.shape == e.shape
+        if e.dtype == torch.float32:
+            assert torch.equal(a.isnan().cpu(), e.isnan().cpu())
+            assert (ulps_apart(a.nan_to_num(1), e.nan_to_num(1)) <= 4).all()
+        else:
+            apart = (a.cpu().long() - e.cpu().long()).abs()
+            assert (apart <= 1).all()
+            assert (apart > 0).sum() <= max(1, 1e-3 * apart.numel())
+
+
+def poisoned(x: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    """Copy x into the middle of a larger buffer full of poison (NaN, or 0x7f in integers).
+
+    Returns the copy, contiguous, and a check that neither it nor its surroundings were written. A
+    kernel that reads past an end computes with poison.
+    """
+    margin = 1024
+    if x.is_floating_point():
+        buffer = x.new_full((x.numel() + 2 * margin,), torch.nan)
+    else:
+        buffer = x.new_zeros(x.numel() + 2 * margin)
+        buffer.view(torch.uint8).fill_(0x7F)
+    copy = buffer[margin : margin + x.numel()].view(x.shape)
+    copy.copy_(x)
+    before = buffer.view(torch.uint8).clone()
+
+    def check() -> None:
+        assert torch.equal(buffer.view(torch.uint8), before), "an input or its surroundings changed"
+
+    return copy, check
+
+
+def strided(x: Tensor) -> Tensor:
+    """Return x with rows that are dense but apart: columns of a wider buffer full of NaN."""
+    wide = x.new_full((*x.shape[:-1], x.shape[-1] + 24), torch.nan)
+    view = wide[..., 8 : 8 + x.shape[-1]]
+    return view.copy_(x)
+
+
+KvCache = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""k_codes, k_scale, k_zero, v_codes, v_scale, v_zero."""
+
+
+def random_cache(
+    batch: int, kv_heads: int, capacity: int, dim: int, bits: int, device: torch.device
+) -> KvCache:
+    """A KV cache full of random codes, with values of about -1 to 1."""
+    shape = (batch, kv_heads, capacity)
+
+    def half() -> tuple[Tensor, Tensor, Tensor]:
+        codes = torch.randint(0, 256, (*shape, dim * bits // 8), dtype=torch.uint8)
+        scale = ((torch.rand(shape) + 0.5) * 2 / 2**bits).half()
+        zero = torch.randint(0, 2**bits, shape).to(torch.uint8)
+        return codes.to(device), scale.to(device), zero.to(device)
+
+    return (*half(), *half())
+
+
+def cache_values(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Decode one half of a cache in float64 on the CPU, [batch, kv_heads, capacity, dim]."""
+    codes = codes.cpu().long()
+    if bits == 4:
+        codes = torch.stack((codes % 16, codes // 16), dim=-1).flatten(-2)
+    return scale.cpu().double()[..., None] * (codes - zero.cpu().long()[..., None])
+
+
+def dense_hadamard(size: int) -> Tensor:
+    """H of a block of `size`, entries +-1 in float64, by Kronecker products."""
+    from quarot import hadamard
+
+    _, factor, power = hadamard.split(size)
+    matrix = hadamard.factor_matrix(factor).double()
+    for _ in range(power):
+        matrix = torch.kron(matrix, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64))
+    return matrix
