@@ -259,7 +259,7 @@ def test_all_damage_is_listed_at_once(checkpoint, nothing_is_built):
         ("format_version", FORMAT_VERSION + 1, "newer"),
         ("hadamard_of_2030", True, "unknown fields"),
         ("w_bits", 3, "w_bits: got 3"),
-        ("clips", {"down": [0.9]}, "needs one for each of 2 layers"),
+        ("clips", {"down": [0.9]}, "needs one a layer, 2 layers"),
     ],
 )
 @pytest.mark.parametrize("load", [quarot.load, AutoModelForCausalLM.from_pretrained])

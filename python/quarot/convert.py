@@ -96,6 +96,7 @@ def _convert(
     backend: str,
     progress: bool,
 ) -> None:
+    _renew_rotary(model.get_submodule(arch.rotary), model.config)
     rotations = rotate.Rotations.from_config(config, geometry)
     rotate.rotate_embeddings(model, arch, rotations)
     rotate.rotate_head(model, arch, rotations)
@@ -107,8 +108,17 @@ def _convert(
         layers[index] = quantize_layer(layer, arch, geometry, config, index, backend)
 
 
+def _renew_rotary(rotary: Any, transformers_config: Any) -> None:
+    """Undo what `model.to(torch.bfloat16)` did to the rotary frequencies: round them.
+
+    They are in no checkpoint: a reloaded model has them in float32, and must compute the same.
+    """
+    for name, frequencies in type(rotary)(transformers_config).named_buffers():
+        setattr(rotary, name, frequencies.to(getattr(rotary, name).device))
+
+
 def quantize_layer(
-    layer: nn.Module,
+    layer: Any,
     arch: Architecture,
     geometry: Geometry,
     config: QuarotConfig,
@@ -116,12 +126,12 @@ def quantize_layer(
     backend: str,
 ) -> DecoderLayer:
     """Return the quantized twin of a (rotated) transformers layer, whose weights are freed."""
-    weight = layer.get_submodule(arch.q).weight
+    dtype = layer.get_submodule(arch.q).weight.dtype
     # On the meta device: it takes over the tensors below instead of copying them.
-    new = hf.new_layer(layer, arch, geometry, config, index, weight.dtype, "meta", backend)
+    new = hf.new_layer(layer, arch, geometry, config, index, dtype, "meta", backend)
     state: dict[str, Tensor] = {}
     for path in arch.linears:
-        linear: Any = layer.get_submodule(path)
+        linear = layer.get_submodule(path)
         weight, linear.weight = linear.weight.detach(), None
         if linear.bias is not None:
             state[f"{path}.bias"] = linear.bias.detach()
@@ -143,7 +153,7 @@ def quantize_layer(
 def check(model: Any, config: QuarotConfig) -> tuple[Architecture, Geometry]:
     """Raise ValueError if `model` cannot be converted by `config`; change nothing."""
     transformers_config = getattr(model, "config", None)
-    if not isinstance(model, nn.Module) or transformers_config is None:
+    if transformers_config is None or not hasattr(model, "get_submodule"):
         raise ValueError(f"model: got {type(model).__name__}, needs a transformers causal LM")
     if reason := getattr(model, "_quarot_unusable", None):
         raise ValueError(f"model: {reason}")

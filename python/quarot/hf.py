@@ -28,7 +28,6 @@ from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
 )
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from quarot.config import QuarotConfig
 from quarot.models import Architecture, Geometry, describe
@@ -61,12 +60,11 @@ class QuarotQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QuarotConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.backend = _backend.get()
-        self.stored_dtype: torch.dtype | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse device maps that offload: accelerate's hooks would compute with wrong values."""
-        places = device_map.values() if isinstance(device_map, dict) else [device_map]
-        places = {str(place) for place in places}
+        named = device_map.values() if isinstance(device_map, dict) else [device_map]
+        places = {str(place) for place in named}
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ValueError(
                 f"device_map: got {sorted(places)}, needs the whole model on GPUs or the whole on "
@@ -87,11 +85,8 @@ class QuarotQuantizer(HfQuantizer):
             raise ValueError("tp_plan, distributed_config: quarot models run on one process only")
         if self.pre_quantized:
             config.hidden_act = config.hidden_act.removesuffix(MARKER)
-            stored = config.dtype
-            stored = getattr(torch, stored, None) if isinstance(stored, str) else stored
-            if stored is None:  # transformers would open the weights, even a pickle, to guess it
+            if config.dtype is None:  # transformers would open the weights, even a pickle, to guess
                 raise ValueError("config.json: got no dtype, needs the dtype of the checkpoint")
-            self.stored_dtype = stored
         return config
 
     def _process_model_before_weight_loading(
@@ -108,7 +103,7 @@ class QuarotQuantizer(HfQuantizer):
                 raise ValueError(f"checkpoint: got {file}, needs .safetensors files (no pickles)")
         if self.pre_quantized:
             install_layers(model, self.quantization_config, self.backend)
-            check_headers(model, checkpoint_files, self.stored_dtype)
+            check_headers(model, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.validate_environment(device_map=getattr(model, "hf_device_map", None))
@@ -214,34 +209,32 @@ def adopt(model: Any, config: QuarotConfig) -> Any:
             *(module._no_split_modules or ()),
             DecoderLayer.__name__,
         }
-    # output_hidden_states records by class; without our class it would silently return nothing.
-    recorders = dict(_CAN_RECORD_REGISTRY.get(str(type(decoder))) or {})
-    recorded = recorders.get("hidden_states", [])
+    # output_hidden_states records modules by class; without ours it would silently return nothing.
+    # The dictionary is the model class's own, and shared by all its instances.
+    recorded = decoder._can_record_outputs["hidden_states"]
     recorded = recorded if isinstance(recorded, list) else [recorded]
     if DecoderLayer not in recorded:
-        recorders["hidden_states"] = [*recorded, DecoderLayer]
-        _CAN_RECORD_REGISTRY[str(type(decoder))] = recorders
+        decoder._can_record_outputs["hidden_states"] = [*recorded, DecoderLayer]
     return model.requires_grad_(False).eval()
 
 
-def check_headers(model: Any, files: list[str], stored_dtype: torch.dtype | None) -> None:
+def check_headers(model: Any, files: list[str]) -> None:
     """Compare the headers of safetensors `files` with the tensors `model` expects.
 
     Args:
         model: the model to be filled, on any device (meta).
-        files: every shard of the checkpoint.
-        stored_dtype: the dtype the checkpoint was saved in (norms, embeddings, head, biases).
+        files: every shard of the checkpoint; config.json, beside them, has the dtype of what is
+            not quantized (norms, embeddings, head, biases), whatever the model is loaded in.
 
     Raises:
         ValueError: one, that lists missing, extra, misshapen and mistyped tensors.
     """
+    folder = os.path.dirname(files[0])
+    stored_dtype = AutoConfig.from_pretrained(folder).dtype
     wanted = {}
     for name, tensor in model.state_dict().items():
         own = name.endswith((".weight_packed", ".weight_scale"))
-        wanted[name] = (
-            list(tensor.shape),
-            _DTYPE_NAMES[tensor.dtype if own else stored_dtype],
-        )
+        wanted[name] = (list(tensor.shape), _DTYPE_NAMES[tensor.dtype if own else stored_dtype])
     for tied in getattr(model, "all_tied_weights_keys", {}):
         wanted.pop(tied, None)  # stored once, under the name it is tied to
     found: dict[str, tuple[list[int], str]] = {}
@@ -264,7 +257,6 @@ def check_headers(model: Any, files: list[str], stored_dtype: torch.dtype | None
             problems.append(f"{name} is {got_dtype} {got_shape}, needs {dtype} {shape}")
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
-        folder = os.path.dirname(files[0])
         raise ValueError(f"checkpoint {folder}: {'; '.join(problems[:8])}{more}")
 
 
@@ -348,17 +340,14 @@ def weight_bytes(model: Any) -> int:
         model: a causal LM of a registered architecture, converted or not. Biases do not count.
     """
     arch = describe(model.config)
-    total = 0
+    held: list[torch.Tensor | None] = []
     for layer in model.get_submodule(arch.layers):
         for name, module in layer.named_modules():
             if isinstance(module, QuantizedLinear):
-                held = (module.weight, module.weight_scale, module.weight_sum)
+                held += (module.weight, module.weight_scale, module.weight_sum)
             elif name in arch.linears and isinstance(module, nn.Linear):
-                held = (module.weight,)
-            else:
-                continue
-            total += sum(tensor.nbytes for tensor in held if tensor is not None)
-    return total
+                held.append(module.weight)
+    return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
 def check_backend(backend: str) -> None:
