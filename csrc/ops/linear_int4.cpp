@@ -56,6 +56,9 @@ Tensor linear_int4(const Tensor& x_q, const Tensor& x_scale, OptionalTensor x_ze
 
   const Tensor x = x_q.is_contiguous() ? x_q : torch::stable::contiguous(x_q);
   const Tensor xs = require_dense(x_scale, ScalarType::Float, lead, x_q, kOp, "x_scale", "x_q");
+  QUAROT_REQUIRE(sizes_of(w) == prepacked_sizes(n, k), kOp, "w must be prepack_int4 of codes [", n,
+                 ", ", k / kInt4PerByte, "], which has shape ", text(prepacked_sizes(n, k)),
+                 "; got ", describe(w));
   const Tensor weight =
       require_dense(w, ScalarType::Byte, prepacked_sizes(n, k), x_q, kOp, "w", "x_q");
   const Tensor ws =
