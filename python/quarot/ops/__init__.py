@@ -64,7 +64,7 @@ def hadamard(
         Tensor of x's shape and dtype. QuaRot (arXiv 2404.00456), section 3.
     """
     _no_grad("hadamard", x)
-    size, factor, scale = _fill(x.shape[-1], size, factor, scale, x.device)
+    size, factor, scale = _fill(x, size, factor, scale)
     return torch.ops.quarot.hadamard(x, size, factor, scale)
 
 
@@ -128,7 +128,7 @@ def hadamard_quantize(
 ) -> Quantized:
     """Transform as `hadamard` does and quantize as `quantize` does, in one pass."""
     _no_grad("hadamard_quantize", x)
-    size, factor, scale = _fill(x.shape[-1], size, factor, scale_hadamard, x.device)
+    size, factor, scale = _fill(x, size, factor, scale_hadamard)
     if bits == 16:
         return reference.hadamard_quantize(x, size, factor=factor, scale_hadamard=scale, bits=bits)
     return torch.ops.quarot.hadamard_quantize(
@@ -182,8 +182,7 @@ def glu_hadamard_quantize(
     The other arguments are `hadamard`'s and `quantize`'s, on rows of n.
     """
     _no_grad("glu_hadamard_quantize", gate_up)
-    n = gate_up.shape[-1] // 2
-    size, factor, scale = _fill(n, size, factor, scale_hadamard, gate_up.device)
+    size, factor, scale = _fill(gate_up, size, factor, scale_hadamard, parts=2)
     if bits == 16:
         return reference.glu_hadamard_quantize(
             gate_up, activation, size, factor=factor, scale_hadamard=scale, bits=bits
@@ -216,7 +215,7 @@ def head_hadamard_quantize(
         `quantize`'s result for rows of H * D: codes [..., H * D]. QuaRot, section 4.
     """
     _no_grad("head_hadamard_quantize", x)
-    heads, factor, scale = _fill(x.shape[-2], heads, factor, scale_hadamard, x.device)
+    heads, factor, scale = _fill(x, heads, factor, scale_hadamard, dim=-2)
     if bits == 16:
         return reference.head_hadamard_quantize(
             x, heads, factor=factor, scale_hadamard=scale, bits=bits
@@ -305,7 +304,7 @@ def rope_hadamard_kv_append(
         The rotated q, [B, S, H, D] in its dtype.
     """
     _no_grad("rope_hadamard_kv_append", q, k, v)
-    size, factor, _ = _fill(q.shape[-1], size, factor, 1.0, q.device)
+    size, factor, _ = _fill(q, size, factor, None)
     return torch.ops.quarot.rope_hadamard_kv_append(
         q, k, v, cos, sin, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, start,
         bits, size, factor, k_clip, v_clip,
@@ -365,19 +364,33 @@ def _no_grad(op: str, *tensors: Tensor | None) -> None:
 
 
 def _fill(
-    n: int, size: int | None, factor: Tensor | None, scale: float | None, device: torch.device
+    x: Tensor,
+    size: int | None,
+    factor: Tensor | None,
+    scale: float | None,
+    *,
+    dim: int = -1,
+    parts: int = 1,
 ) -> tuple[int, Tensor | None, float]:
-    """Return size, factor (None: a power of two) and scale with the defaults filled in."""
-    if size is None:
+    """Fill in the defaults of a transform of dimension `dim` of x, of one of its `parts`.
+
+    Returns size, factor (None where size is a power of two) and scale.
+    """
+    if size is None:  # an x without that dimension is the library's to refuse
+        n = x.shape[dim] // parts if x.ndim >= -dim else 1
         size = _hadamard.split(n)[0] if n else 1
     if factor is None and size & (size - 1):
-        factor = _factor(size, device)
+        factor = _factor(size, x.device)
     return size, factor, 1 / math.sqrt(max(size, 1)) if scale is None else scale
 
 
 @torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=256)
 def _factor(size: int, device: torch.device) -> Tensor:
+    return _factor_on(size, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _factor_on(size: int, device: torch.device) -> Tensor:
     block, order, _ = _hadamard.split(max(size, 1))
     if block != size:
         raise ValueError(
