@@ -234,6 +234,8 @@ class DecoderLayer(nn.Module):
             offset: int | Tensor = 0
             if past_key_values is not None:
                 offset = past_key_values.get_seq_length(self.index)
+                if isinstance(offset, Tensor):  # a static layer's own counter: update() moves it
+                    offset = offset.clone()
                 k, v = past_key_values.update(k, v, self.index)
             return attention.attend(q, k, v, mask, scale, offset).transpose(1, 2)
 
