@@ -8,10 +8,13 @@
 
 namespace quarot {
 
+/// Largest factor order that the project constructs (DESIGN section 4); kernels size their tiles by it.
+inline constexpr int64_t kMaxFactorOrder = 172;
+
 /// The matrix of a transform of `size` = factor_order * 2^p positions.
 struct HadamardMatrix {
   int64_t size;          // 1 = identity
-  int64_t factor_order;  // K; 1 = none
+  int64_t factor_order;  // K <= kMaxFactorOrder; 1 = none
   const int8_t* factor;  // [K, K] of +-1, row-major, acting from the right of a row; null when K = 1
   float scale;           // 1 / sqrt(size) makes it orthonormal
 };
@@ -20,13 +23,16 @@ struct HadamardArgs {
   void* out;  // [x.rows, x.n] contiguous, of x.dtype; must not overlap x
   Rows x;     // x.n is a multiple of matrix.size
   HadamardMatrix matrix;
+  float* workspace;  // cuda: [x.rows, x.n] where hadamard_needs_workspace; else null
 };
 
 namespace cpu {
 void hadamard(const HadamardArgs& args, const Executor& executor);
 }
 namespace cuda {
-/// x.n <= 65536.
+/// Whether a block of the matrix is too large for the current device's shared memory, so that it takes two kernels with
+/// fp32 between them.
+bool hadamard_needs_workspace(const HadamardMatrix& matrix);
 void hadamard(const HadamardArgs& args, Stream stream);
 }
 

@@ -24,6 +24,8 @@ inline MatrixOf matrix_of(int64_t size, const OptionalTensor& factor, double sca
     QUAROT_REQUIRE(factor->dim() == 2 && factor->size(0) == factor->size(1) && factor->size(0) >= 1, op,
                    "factor must be a square matrix; got ", describe(*factor));
     order = factor->size(0);
+    QUAROT_REQUIRE(order <= kMaxFactorOrder, op, "factor must have at most ", kMaxFactorOrder,
+                   " rows; got ", describe(*factor));
     memory = require_dense(*factor, ScalarType::Char, {order, order}, x, op, "factor", "x");
   }
   const int64_t power = size / order;

@@ -14,9 +14,6 @@
 
 namespace quarot::cpu::QUAROT_ISA {
 
-/// Largest factor order (DESIGN section 4); bounds the scratch of a column block.
-inline constexpr int64_t kMaxFactorOrder = 172;
-
 // ---- Butterflies inside a vector: lane i gets v[i] + v[i ^ kStride], or v[i ^ kStride] - v[i] where i & kStride --
 
 template <int kStride>
