@@ -1,0 +1,95 @@
+// What a kernel reads: rows of a type, or activation(gate) * up. For transform.cuh, rows.cuh and any_transform.cuh.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/device/vec.cuh"
+#include "kernels/fused_quantize.h"
+#include "kernels/types.h"
+
+namespace quarot::cuda {
+
+/// Whether chunks of these rows may be loaded as 16 bytes.
+inline bool chunks_are_aligned(const Rows& x) {
+  const int64_t bytes = bytes_of(x.dtype);
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && (x.row_stride * bytes) % 16 == 0 && x.n % kChunk == 0;
+}
+
+/// Rows as they are.
+template <DType kDtype>
+struct RowSource {
+  const void* data;
+  int64_t row_stride;
+
+  static constexpr bool kIsFloat = kDtype == DType::f32;
+  static constexpr DType kOperand = kIsFloat ? DType::bf16 : kDtype;  // of transform.cuh
+  static constexpr int kParts = kIsFloat ? 3 : 1;
+  static constexpr int kInFlight = kIsFloat ? 2 : 8;  // chunks a thread loads before it uses them
+  static constexpr bool kNormalised = false;
+  using Raw = Chunk<kDtype>;
+
+  __device__ __forceinline__ const void* address(int64_t row, int column) const {
+    return static_cast<const char*>(data) + (row * row_stride + column) * bytes_of(kDtype);
+  }
+  __device__ __forceinline__ Raw load(int64_t row, int column) const {
+    return load_chunk<kDtype>(data, row * row_stride + column);
+  }
+  __device__ __forceinline__ void values(float (&v)[kChunk], const Raw& raw) const { to_floats<kDtype>(v, raw); }
+
+  __device__ float common(int64_t, int, float*) const { return 0.0f; }
+  __device__ float value(int64_t row, int column, float) const {
+    return load1<kDtype>(data, row * row_stride + column);
+  }
+};
+
+/// The activation to a few ulp: the exponential and the quotient are the fast ones.
+template <Activation kActivation>
+__device__ __forceinline__ float activate(float a) {
+  if constexpr (kActivation == Activation::silu) {
+    return __fdividef(a, 1.0f + __expf(-a));
+  } else if constexpr (kActivation == Activation::gelu) {
+    return 0.5f * a * (1.0f + erff(a * 0x1.6a09e6p-1f));  // 1 / sqrt(2)
+  } else {
+    // 0.5 * (1 + tanh(u)) = 1 / (1 + e^(-2u)), u = sqrt(2 / pi) * (a + 0.044715 a^3)
+    const float u2 = 0x1.988454p+0f * (a + 0.044715f * a * a * a);
+    return __fdividef(a, 1.0f + __expf(-u2));
+  }
+}
+
+/// activation(gate) * up of rows [gate | up].
+template <DType kDtype, Activation kActivation>
+struct GluSource {
+  const void* data;
+  int64_t row_stride;
+  int n;  // columns of gate
+
+  static constexpr DType kOperand = DType::bf16;
+  static constexpr int kParts = 3;
+  static constexpr int kInFlight = kDtype == DType::f32 ? 1 : 2;
+  static constexpr bool kNormalised = false;
+  struct Raw {
+    Chunk<kDtype> gate, up;
+  };
+
+  __device__ __forceinline__ Raw load(int64_t row, int column) const {
+    const int64_t i = row * row_stride + column;
+    return {load_chunk<kDtype>(data, i), load_chunk<kDtype>(data, i + n)};
+  }
+  __device__ __forceinline__ void values(float (&v)[kChunk], const Raw& raw) const {
+    float up[kChunk];
+    to_floats<kDtype>(v, raw.gate);
+    to_floats<kDtype>(up, raw.up);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) v[i] = activate<kActivation>(v[i]) * up[i];
+  }
+
+  __device__ float common(int64_t, int, float*) const { return 0.0f; }
+  __device__ float value(int64_t row, int column, float) const {
+    const int64_t i = row * row_stride + column;
+    return activate<kActivation>(load1<kDtype>(data, i)) * load1<kDtype>(data, i + n);
+  }
+};
+
+}  // namespace quarot::cuda

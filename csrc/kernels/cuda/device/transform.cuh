@@ -1,0 +1,485 @@
+// The Hadamard transform of rows on tensor cores, for every kernel that contains one.
+//
+// Maths. A transform block of a row is a matrix X [order][segment]: order = K * 2^q rows, segment = 2^s * inner columns,
+// and out = F^T X (I (x) H_2^s (x) I_inner) with F = H_K (x) H_2^q. F^T X is a matrix product with +-1, exact in its
+// products; the s bits left are butterflies of additions in fp32. q is the smallest one that leaves s <= 9.
+//
+// Layout. A tile is tile_rows rows, all their blocks side by side: [order][columns], columns = tile_rows * n / order.
+//   in    [kParts][order, padded to 16][pitch16]  16-bit operands: the input itself, or three bf16 that add up to an fp32
+//         exactly. Padded rows are zeros. Read by ldmatrix; the pitch is 16 bytes off a multiple of 128: no conflicts.
+//   out   [order][pitch32] fp32, columns swizzled (out_column). It may lie over `in`.
+//   signs [row tiles of F^T][column tiles][32 lanes] fragments A.
+//
+// Parallelisation. A warp multiplies 32 rows of F^T by 64 columns: 64 sums a thread, on which it does the butterflies
+// of column bits 0, 3, 4, 5. After the exchange through `out` a thread holds up to 8 chunks of 8 columns, does bits
+// 1, 2 and 6 to 8 (or all bits, where inner > 1), and hands them to the sink, in the order of memory. Blocks are persistent: they
+// go through tiles and load the next one while they finish this one, where shared memory allows.
+// A row too large for the shared memory is computed in parts of the rows of F^T, one after the other.
+//
+// Bound: memory. n = 4096, 16 bits: a multiprocessor has about 29 instruction slots for an element, needs about 15.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/device/launch.cuh"
+#include "kernels/cuda/device/mma.cuh"
+#include "kernels/cuda/device/vec.cuh"
+#include "kernels/hadamard.h"
+
+namespace quarot::cuda {
+
+// ---- Plan ---------------------------------------------------------------------------------------------
+
+constexpr int kMaxTransformThreads = 512;
+constexpr int kTransformRegisters = 65536 / kMaxTransformThreads;  // a thread, by __launch_bounds__
+constexpr int kThreadChunks = 8;                                   // 64 floats a thread
+constexpr int kWarpRows = 2 * kMmaRows;                            // of F^T, that a warp multiplies
+constexpr int kWarpColumns = 64;
+/// Bits of H_2^s: 0 ... 5 in a warp's 64 columns and in a chunk, and 3 between a thread's chunks.
+constexpr int kColumnBits = 6;
+constexpr int kStridedBits = 3;
+/// Rows of F: more would not fit beside the data in shared memory.
+constexpr int kMaxOrder = 192;
+/// Columns of a tile of short rows, so that a block has work for several warps.
+constexpr int kTileColumns = 256;
+
+/// How a launch computes its transforms. All sizes in elements unless they say otherwise.
+struct TransformPlan {
+  int64_t rows;
+  int64_t tiles;
+  int n;            // a row
+  int tile_rows;
+  int order;        // of F
+  int row_tiles;    // of F^T, 16 rows each
+  int columns;      // of a tile
+  int column_tiles; // of a warp's columns
+  int group_tiles;  // row tiles a warp multiplies: 2, or 1 where only that fits
+  int parts;        // of a tile, one after the other
+  int part_groups;  // groups a part
+  int pitch16, pitch32;
+  int factor_order, log_sylvester;  // K, q
+  const int8_t* factor;
+  int column_bits;   // s where inner = 1, else 0
+  int strided_bits;  // bits between a thread's chunks
+  float scale;
+  bool prefetch;  // `in` and `out` are apart
+  int in_at, out_at, slots_at, shared_bytes, threads;
+  FastDiv row_chunks, block_chunks, segment_chunks, stride_chunks;  // n, order * segment, segment, stride, / 8
+};
+
+inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
+
+/// Plans the transform of rows of n in blocks of matrix.size * inner, with kParts operands of 16 bits an element and
+/// slots_per_row * slot_bytes of shared memory for the sink. Returns false where the shape needs the simple kernel
+/// (any_transform.cuh).
+inline bool plan_transform(TransformPlan& p, const HadamardMatrix& m, int64_t rows, int64_t n, int64_t inner,
+                           int parts_of_element, int64_t slots_per_row, int slot_bytes) {
+  const DeviceLimits device = device_limits();
+  int power = 0;
+  while (m.factor_order << power < m.size) ++power;
+  p.rows = rows;
+  p.n = static_cast<int>(n);
+  p.factor_order = static_cast<int>(m.factor_order);
+  p.factor = m.factor;
+  p.scale = m.scale;
+
+  // Bits that stay in the columns: all that do not fit F, at least a chunk's 3, at most what butterflies can do.
+  int bits = inner == 1 ? (power < 3 ? power : 3) : 0;
+  const int most = inner == 1 ? kColumnBits + kStridedBits : kStridedBits;
+  while (bits < power && bits < most && (m.factor_order << (power - bits)) > kWarpRows) ++bits;
+  p.log_sylvester = power - bits;
+  p.order = static_cast<int>(m.factor_order << p.log_sylvester);
+  const int64_t segment = inner << bits;
+  if (p.order > kMaxOrder || segment % kChunk != 0 || (inner > 1 && bits > 0 && inner % kChunk != 0)) return false;
+  p.column_bits = inner == 1 ? bits : 0;
+  p.strided_bits = inner > 1 ? bits : bits > kColumnBits ? bits - kColumnBits : 0;
+  const int stride = inner > 1 && bits > 0 ? static_cast<int>(inner) : kWarpColumns;
+
+  const int row_columns = static_cast<int>(n / p.order);
+  int tile_rows = kTileColumns / row_columns;
+  const int64_t fair = ceil_div(rows, device.processors);  // rows a tile, so that all processors work
+  if (tile_rows > fair) tile_rows = static_cast<int>(fair);
+  if (p.order > kWarpRows * 2 && tile_rows < 2) tile_rows = 2;  // two rows share the reads of a large F
+  if (tile_rows > rows) tile_rows = static_cast<int>(rows);
+  if (tile_rows < 1) tile_rows = 1;
+
+  p.row_tiles = static_cast<int>(ceil_div(p.order, kMmaRows));
+  const int signs_bytes = p.row_tiles * p.row_tiles * kWarp * static_cast<int>(sizeof(uint4));
+  for (; tile_rows >= 1; tile_rows = tile_rows > 1 ? tile_rows / 2 : 0) {
+    p.tile_rows = tile_rows;
+    p.columns = tile_rows * row_columns;
+    p.column_tiles = static_cast<int>(ceil_div(p.columns, kWarpColumns));
+    p.pitch16 = p.column_tiles * kWarpColumns + kChunk;
+    p.pitch32 = p.pitch16;
+    const int in_bytes = parts_of_element * p.row_tiles * kMmaRows * p.pitch16 * 2;
+    const int slots_bytes = round_up(static_cast<int>(tile_rows * slots_per_row) * slot_bytes, 16);
+    for (int parts = 1; parts <= p.row_tiles; ++parts) {
+      // Several parts, or units of several chunks, must not mix blocks: their order in memory is by block.
+      if (parts > 1 && p.columns != segment) break;
+      p.group_tiles = parts < p.row_tiles ? 2 : 1;
+      const int groups = static_cast<int>(ceil_div(p.row_tiles, p.group_tiles));
+      p.part_groups = static_cast<int>(ceil_div(groups, parts));
+      p.parts = static_cast<int>(ceil_div(groups, p.part_groups));
+      const int items = p.part_groups * p.column_tiles;
+      const int part_rows = p.part_groups * p.group_tiles * kMmaRows;
+      const int part_order = part_rows < p.order ? part_rows : p.order;
+      const int chunks = part_order * p.columns / kChunk;
+      int threads = items * kWarp;
+      if (threads > kMaxTransformThreads) threads = kMaxTransformThreads;
+      if (chunks > threads * kThreadChunks) continue;
+      const int out_bytes = part_order * p.pitch32 * 4;
+      const bool may_overlay = p.parts == 1 && items * kWarp <= kMaxTransformThreads;
+      const int apart = signs_bytes + in_bytes + out_bytes + slots_bytes;
+      const int overlaid = signs_bytes + (in_bytes > out_bytes ? in_bytes : out_bytes) + slots_bytes;
+      const auto blocks = [&](int bytes) { return device.processor_shared_bytes / (bytes + kReservedSharedBytes); };
+      // Apart, the next tile is loaded early; overlaid, more blocks hide each other's loads. Two blocks do.
+      const bool overlay =
+          may_overlay && (apart > device.block_shared_bytes || (blocks(apart) < 2 && blocks(overlaid) >= 2));
+      p.shared_bytes = overlay ? overlaid : apart;
+      if (p.shared_bytes > device.block_shared_bytes) continue;
+      p.prefetch = !overlay;
+      p.in_at = signs_bytes;
+      p.out_at = overlay ? signs_bytes : signs_bytes + in_bytes;
+      p.slots_at = p.shared_bytes - slots_bytes;
+      p.threads = threads;
+      p.tiles = ceil_div(rows, tile_rows);
+      p.row_chunks = FastDiv(p.n / kChunk);
+      p.segment_chunks = FastDiv(static_cast<int>(segment / kChunk));
+      p.block_chunks = FastDiv(static_cast<int>(segment / kChunk) * p.order);
+      p.stride_chunks = FastDiv(stride / kChunk);
+      return true;
+    }
+  }
+  return false;
+}
+
+/// Blocks of a launch: as many as run at the same time.
+inline int64_t persistent_blocks(const TransformPlan& p) {
+  const DeviceLimits device = device_limits();
+  int per_processor = device.processor_shared_bytes / (p.shared_bytes + kReservedSharedBytes);
+  const int by_registers = kMaxTransformThreads / p.threads;
+  if (per_processor > by_registers) per_processor = by_registers;
+  if (per_processor < 1) per_processor = 1;
+  const int64_t most = int64_t{per_processor} * device.processors;
+  return p.tiles < most ? p.tiles : most;
+}
+
+// ---- Where a chunk lies ---------------------------------------------------------------------------------------------
+
+/// Row and first column, in a tile's matrix, of chunk e of the tile, counted in the order of memory.
+struct Position {
+  int row, column;
+};
+__device__ __forceinline__ Position position_of(const TransformPlan& p, int e) {
+  const int block = p.block_chunks(e);
+  const int rest = e - block * p.block_chunks.divisor();
+  const int row = p.segment_chunks(rest);
+  return {row, (block * p.segment_chunks.divisor() + rest - row * p.segment_chunks.divisor()) * kChunk};
+}
+
+/// The swizzle of `out`: eight lanes that read 16 bytes each, 32 bytes apart, then meet all banks.
+__device__ __forceinline__ int out_column(int column) { return column ^ ((column >> 3) & 4); }
+
+// ---- Fragments of F^T --------------------------------------------------------------------------------------------------
+
+/// F^T[row][column], 0 beyond its order.
+__device__ __forceinline__ int sign_at(const TransformPlan& p, int row, int column) {
+  if (row >= p.order || column >= p.order) return 0;
+  const int mask = (1 << p.log_sylvester) - 1;
+  int sign = __popc(row & column & mask) & 1 ? -1 : 1;
+  if (p.factor_order > 1) {
+    sign *= p.factor[(column >> p.log_sylvester) * p.factor_order + (row >> p.log_sylvester)];
+  }
+  return sign;
+}
+
+template <DType kOperand>
+__device__ void make_signs(const TransformPlan& p, uint4* signs) {
+  const int fragments = p.row_tiles * p.row_tiles * kWarp;
+  for (int i = threadIdx.x; i < fragments; i += blockDim.x) {
+    const int lane = i % kWarp, tile = i / kWarp;
+    const int row = tile / p.row_tiles * kMmaRows + lane / 4;
+    const int column = tile % p.row_tiles * kMmaDepth + lane % 4 * 2;
+    const auto pair = [&](int r, int c) {
+      return sign_bits<kOperand>(sign_at(p, r, c)) | sign_bits<kOperand>(sign_at(p, r, c + 1)) << 16;
+    };
+    signs[i] = {pair(row, column), pair(row + 8, column), pair(row, column + 8), pair(row + 8, column + 8)};
+  }
+}
+
+// ---- Steps -----------------------------------------------------------------------------------------------------------------
+
+/// Zeros in the rows of `in` beyond the order.
+template <int kParts>
+__device__ __forceinline__ void clear_padding(const TransformPlan& p, uint16_t* in) {
+  const int rows = p.row_tiles * kMmaRows - p.order, width = p.pitch16 / kChunk;
+  if (rows == 0) return;
+  for (int part = 0; part < kParts; ++part) {
+    auto* first = reinterpret_cast<uint4*>(in + (part * p.row_tiles * kMmaRows + p.order) * p.pitch16);
+    for (int i = threadIdx.x; i < rows * width; i += blockDim.x) first[i] = {0, 0, 0, 0};
+  }
+}
+
+/// Loads tile `tile` into `in`. Source: load(row, column) -> Raw in flight; put(raw, destination, distance of the parts), or copy(...).
+template <class Source>
+__device__ __forceinline__ void load_tile(const TransformPlan& p, const Source& source, int64_t tile, uint16_t* in) {
+  const int64_t first_row = tile * p.tile_rows;
+  const int rows = static_cast<int>(min(static_cast<int64_t>(p.tile_rows), p.rows - first_row));
+  const int chunks = rows * p.row_chunks.divisor();
+  const int distance = p.row_tiles * kMmaRows * p.pitch16;
+  const auto target = [&](int e) {
+    const Position at = position_of(p, e);
+    return in + at.row * p.pitch16 + at.column;
+  };
+  if constexpr (Source::kParts == 1) {
+    for (int e = threadIdx.x; e < chunks; e += blockDim.x) {
+      const int row = p.row_chunks(e);
+      const int column = (e - row * p.row_chunks.divisor()) * kChunk;
+      cp_async_16(shared_address(target(e)), source.address(first_row + row, column));
+    }
+  } else {
+    constexpr int kInFlight = Source::kInFlight < 4 ? Source::kInFlight : 4;
+    for (int first = threadIdx.x; first < chunks; first += kInFlight * static_cast<int>(blockDim.x)) {
+      typename Source::Raw raw[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int e = first + i * static_cast<int>(blockDim.x);
+        if (e >= chunks) continue;
+        const int row = p.row_chunks(e);
+        raw[i] = source.load(first_row + row, (e - row * p.row_chunks.divisor()) * kChunk);
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int e = first + i * static_cast<int>(blockDim.x);
+        if (e >= chunks) continue;
+        float v[kChunk];
+        source.values(v, raw[i]);
+        uint16_t* to = target(e);
+        // v = bf16 + bf16 + bf16, exactly: 24 bits are three times 8.
+#pragma unroll
+        for (int part = 0; part < Source::kParts; ++part, to += distance) {
+          uint32_t w[4];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            w[j] = pack_bf16x2(v[2 * j], v[2 * j + 1]);
+            v[2 * j] -= bf16_low(w[j]);
+            v[2 * j + 1] -= bf16_high(w[j]);
+          }
+          *reinterpret_cast<uint4*>(to) = {w[0], w[1], w[2], w[3]};
+        }
+      }
+    }
+  }
+  clear_padding<Source::kParts>(p, in);
+}
+
+/// sum[row tile][columns of 8][fragment] = two row tiles of F^T times 64 columns of `in`.
+template <DType kOperand, int kParts>
+__device__ __forceinline__ void multiply(float (&sum)[2][8][4], const TransformPlan& p, const uint4* signs,
+                                         const uint16_t* in, int group, int column_tile) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
+#pragma unroll
+    for (int c = 0; c < 8; ++c)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[m][c][i] = 0.0f;
+
+  const int row_tile = group * p.group_tiles;
+  const bool two = p.group_tiles == 2 && row_tile + 1 < p.row_tiles;
+  const uint4* a = signs + row_tile * p.row_tiles * kWarp + lane;
+  // The address of the row that this lane gives to ldmatrix: depths 0-7 and 8-15 of 8 columns, then of the next 8.
+  const uint32_t row = shared_address(in + lane % 16 * p.pitch16 + column_tile * kWarpColumns + lane / 16 * kMmaColumns);
+  const uint32_t part_bytes = static_cast<uint32_t>(p.row_tiles * kMmaRows * p.pitch16) * 2;
+  for (int depth = 0; depth < p.row_tiles; ++depth) {
+    const uint4 a0 = a[depth * kWarp];
+    const uint4 a1 = two ? a[(p.row_tiles + depth) * kWarp] : uint4{0, 0, 0, 0};
+#pragma unroll
+    for (int part = kParts - 1; part >= 0; --part) {  // the small ones first
+      const uint32_t from =
+          row + static_cast<uint32_t>(part) * part_bytes + static_cast<uint32_t>(depth * kMmaDepth * p.pitch16) * 2;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        uint32_t b[4];
+        ldmatrix_x4_trans(b, from + static_cast<uint32_t>(c) * 2 * kMmaColumns * 2);
+        mma<kOperand>(sum[0][2 * c], a0, b[0], b[1]);
+        mma<kOperand>(sum[0][2 * c + 1], a0, b[2], b[3]);
+        if (two) {
+          mma<kOperand>(sum[1][2 * c], a1, b[0], b[1]);
+          mma<kOperand>(sum[1][2 * c + 1], a1, b[2], b[3]);
+        }
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ void butterfly(float& a, float& b) {
+  const float t = a;
+  a = t + b;
+  b = t - b;
+}
+
+/// Column bits 0, 3, 4, 5 of a warp's 64 columns: a lane has columns 8 c + 2 t and the next.
+__device__ __forceinline__ void butterflies_in_sums(float (&sum)[2][8][4], int column_bits) {
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    if (column_bits > 0) {
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        butterfly(sum[m][c][0], sum[m][c][1]);
+        butterfly(sum[m][c][2], sum[m][c][3]);
+      }
+    }
+#pragma unroll
+    for (int bit = 0; bit < 3; ++bit) {
+      if (column_bits > 3 + bit) {
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          if ((c >> bit & 1) != 0) continue;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) butterfly(sum[m][c][i], sum[m][c | 1 << bit][i]);
+        }
+      }
+    }
+  }
+}
+
+/// Writes a warp's sums into `out`, whose first row is row first_row of F^T X.
+__device__ __forceinline__ void put_sums(const TransformPlan& p, float* out, const float (&sum)[2][8][4], int group,
+                                         int column_tile, int first_row) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = (group * p.group_tiles + m) * kMmaRows + half * 8 + lane / 4;
+      if (row >= p.order || m >= p.group_tiles) continue;
+      float* to = out + (row - first_row) * p.pitch32;
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        const int column = column_tile * kWarpColumns + c * 8 + lane % 4 * 2;
+        *reinterpret_cast<float2*>(to + out_column(column)) = {sum[m][c][2 * half], sum[m][c][2 * half + 1]};
+      }
+    }
+  }
+}
+
+/// A thread's chunks after the transform: chunk i is chunk e[i] of the tile, or nothing where e[i] < 0.
+struct ThreadChunks {
+  float v[kThreadChunks][kChunk];
+  int e[kThreadChunks];
+};
+
+/// Reads this thread's chunks of a part and does the butterflies that are left. Chunks that a strided bit joins are
+/// neighbours in a thread: a unit of 2^strided_bits.
+__device__ __forceinline__ void take_chunks(ThreadChunks& t, const TransformPlan& p, const float* out, int first_row,
+                                            int part_rows) {
+  const int mask = (1 << p.strided_bits) - 1;
+  // In a part, chunks are counted from the part's first row; columns of several blocks come with parts == 1 only.
+  const int chunks = p.parts == 1 ? p.columns / kChunk * p.order : part_rows * p.segment_chunks.divisor();
+  const int units = chunks >> p.strided_bits;
+  const int stride = p.stride_chunks.divisor();
+  int e = -1;
+  Position at{0, 0};
+#pragma unroll
+  for (int i = 0; i < kThreadChunks; ++i) {
+    if ((i & mask) == 0) {
+      const int unit = static_cast<int>(threadIdx.x) + (i >> p.strided_bits) * static_cast<int>(blockDim.x);
+      const int major = p.stride_chunks(unit);
+      e = unit < units ? (major << p.strided_bits) * stride + unit - major * stride : -1;
+      if (e >= 0) at = position_of(p, e);
+    } else {
+      e = e < 0 ? -1 : e + stride;
+      at.column += stride * kChunk;
+    }
+    t.e[i] = e < 0 ? -1 : e + first_row * p.segment_chunks.divisor();
+    if (e >= 0) {
+      const float* from = out + at.row * p.pitch32;
+      const float4 a = *reinterpret_cast<const float4*>(from + out_column(at.column));
+      const float4 b = *reinterpret_cast<const float4*>(from + out_column(at.column + 4));
+      t.v[i][0] = a.x, t.v[i][1] = a.y, t.v[i][2] = a.z, t.v[i][3] = a.w;
+      t.v[i][4] = b.x, t.v[i][5] = b.y, t.v[i][6] = b.z, t.v[i][7] = b.w;
+    } else {
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) t.v[i][j] = 0.0f;
+    }
+    if (p.column_bits > 1) {
+      butterfly(t.v[i][0], t.v[i][2]);
+      butterfly(t.v[i][1], t.v[i][3]);
+      butterfly(t.v[i][4], t.v[i][6]);
+      butterfly(t.v[i][5], t.v[i][7]);
+    }
+    if (p.column_bits > 2) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) butterfly(t.v[i][j], t.v[i][j + 4]);
+    }
+  }
+#pragma unroll
+  for (int bit = 0; bit < kStridedBits; ++bit) {
+    if (p.strided_bits > bit) {
+#pragma unroll
+      for (int i = 0; i < kThreadChunks; ++i) {
+        if ((i >> bit & 1) != 0) continue;
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j) butterfly(t.v[i][j], t.v[i | 1 << bit][j]);
+      }
+    }
+  }
+}
+
+// ---- The kernel ---------------------------------------------------------------------------------------------------------
+
+/// Source: kOperand, kParts; address(row, column) for kParts == 1, else Raw, load, values (load_tile).
+/// Sink: kPasses(parts) passes over the parts; start(plan), take(chunks, pass, rows' first element), finish as used below.
+template <class Source, class Sink>
+__global__ void __launch_bounds__(kMaxTransformThreads)
+    transform_kernel(const __grid_constant__ TransformPlan p, const Source source, const Sink sink) {
+  unsigned char* shared = dynamic_shared();
+  auto* signs = reinterpret_cast<uint4*>(shared);
+  auto* in = reinterpret_cast<uint16_t*>(shared + p.in_at);
+  auto* out = reinterpret_cast<float*>(shared + p.out_at);
+  auto* slots = reinterpret_cast<int*>(shared + p.slots_at);
+  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int items = p.part_groups * p.column_tiles;
+
+  int64_t tile = blockIdx.x;
+  load_tile(p, source, tile, in);
+  make_signs<Source::kOperand>(p, signs);
+  sink.start(p, slots);
+
+  for (; tile < p.tiles; tile += gridDim.x) {
+    cp_async_wait_all();
+    __syncthreads();
+    const int passes = sink.passes(p.parts);
+    for (int pass = 0; pass < passes; ++pass) {
+      const int first_group = pass % p.parts * p.part_groups;
+      const int first_row = first_group * p.group_tiles * kMmaRows;
+      const int part_rows = min(p.part_groups * p.group_tiles * kMmaRows, p.order - first_row);
+      if (pass > 0) __syncthreads();  // all have taken the chunks of the part before
+      for (int item = warp; item < items; item += warps) {
+        const int group = first_group + item / p.column_tiles, column_tile = item % p.column_tiles;
+        if (group * p.group_tiles >= p.row_tiles) break;
+        float sum[2][8][4];
+        multiply<Source::kOperand, Source::kParts>(sum, p, signs, in, group, column_tile);
+        butterflies_in_sums(sum, p.column_bits);
+        if (!p.prefetch) __syncthreads();  // `out` lies over `in`; then every warp has one item
+        put_sums(p, out, sum, group, column_tile, first_row);
+      }
+      __syncthreads();
+      if (p.prefetch && pass == passes - 1 && tile + gridDim.x < p.tiles) {
+        load_tile(p, source, tile + gridDim.x, in);
+      }
+      ThreadChunks chunks;
+      take_chunks(chunks, p, out, first_row, part_rows);
+      sink.take(p, chunks, slots, tile, pass);
+    }
+    if (!p.prefetch && tile + gridDim.x < p.tiles) {
+      __syncthreads();  // `in` lies over `out`
+      load_tile(p, source, tile + gridDim.x, in);
+    }
+  }
+}
+
+}  // namespace quarot::cuda
