@@ -116,7 +116,7 @@ def test_leading_dimensions(device, shape):
 @pytest.mark.parametrize("w", [-8, 7])
 @pytest.mark.parametrize("zero", [None, -128, 127])
 def test_largest_sums_are_exact(device, x, w, zero):
-    """k = 28672, all -8 * -128: beyond int16 steps and float32's 24 bits; the zero point cancels."""
+    """k = 28672, all -8 * -128: beyond int16 and float32's 24 bits; zero points cancel."""
     m, n, k = 2, 3, 28672
     x_q = torch.full((m, k), x, dtype=torch.int8)
     codes = torch.full((n, k), w, dtype=torch.int8)
