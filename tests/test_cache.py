@@ -233,6 +233,17 @@ def test_copies_are_apart() -> None:
     assert (layer.length, twin.length) == (5, 6)
 
 
+@torch.inference_mode()
+def test_text_begun_in_inference_mode() -> None:
+    layer = filled()
+    layer.batch_repeat_interleave(2)
+    with torch.inference_mode(False):
+        append(layer, 100, batch=6, seed=1)
+        layer.crop(-1)
+        layer.reorder_cache(torch.tensor([1, 0, 2, 3, 4, 5]))
+    assert consistent(layer)
+
+
 @pytest.mark.parametrize(("max_cache_len", "keys", "longest"), [(None, 7, -1), (8, 8, 8)])
 def test_sizes_for_masks(max_cache_len: int | None, keys: int, longest: int) -> None:
     layer = filled(max_cache_len=max_cache_len)

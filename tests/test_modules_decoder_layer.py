@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, StaticCache
 
 from helpers import MODEL_SHAPES, tiny_model
 from quarot import hadamard, rotate
 from quarot.config import QuarotConfig
 from quarot.convert import quantize_layer
 from quarot.models import describe
+from quarot.models.base import Architecture
 from quarot.modules import linear as linear_module
 from quarot.modules.decoder_layer import DecoderLayer
 from quarot.ops import reference
@@ -102,6 +103,32 @@ def test_unquantized_layer_is_transformers_layer(shape: str, dtype: torch.dtype)
     ours = case.run(x=r1(case.x.double()).to(dtype)).double() @ matrix.mT
     # Two roundings more than transformers: the rotated input and the rotated weights.
     assert error(ours, exact) <= 2 * error(theirs, exact) + 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("preset", ["W16A16KV16-rtn", "W4A8KV8"])
+def test_head_norms_are_part_of_a_description(preset: str) -> None:
+    """Qwen3's norms of queries and keys: no family in the registry has them yet."""
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    config = Qwen3Config(**sizes, **heads, attn_implementation="sdpa")
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    arch = Architecture("qwen3", q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
+    quarot_config = QuarotConfig.from_preset(preset, r1=False)  # so that both read the same input
+    rotations = rotate.Rotations.from_config(quarot_config, arch.geometry(config))
+    theirs = model.model.layers[0]
+    ours = copy.deepcopy(theirs)
+    rotate.rotate_layer(ours, arch, arch.geometry(config), rotations, 0)
+    ours = quantize_layer(ours, arch, arch.geometry(config), quarot_config, 0, "kernel")
+    x, ids = torch.randn(2, TOKENS, 64), torch.arange(TOKENS)[None]
+    options = {"position_ids": ids, "position_embeddings": model.model.rotary_emb(x, ids)}
+    with torch.no_grad():
+        got, exact = ours(x, **options), theirs(x, **options)
+    assert error(got, exact) < (1e-6 if preset.startswith("W16") else 0.1)
+    names = {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
+    assert names <= ours.state_dict().keys()
 
 
 @pytest.mark.parametrize("bits", ["W16A16KV8", "W4A16KV16", "W16A8KV16", "W4A8KV8"])

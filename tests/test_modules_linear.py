@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quarot.modules.linear import CanonicalLinear, QuantizedLinear, backend_ops
+from quarot.modules.canonical import CanonicalLinear
+from quarot.modules.linear import QuantizedLinear, backend_ops
 from quarot.ops import reference
 
 K = 128

@@ -142,11 +142,13 @@ class QuantizedLayer(CacheLayerMixin):
         for name in _BUFFERS:
             shape = codes if name.endswith("codes") else rows
             dtype = torch.float16 if name.endswith("scale") else torch.uint8
-            new = torch.zeros(shape, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # text may go on outside of inference mode
+                new = torch.zeros(shape, dtype=dtype, device=device)
             if self.length:
                 new[:, :, : self.length] = getattr(self, name)[:, :, : self.length]
             setattr(self, name, new)
-        self.lengths = torch.full((batch,), self.length, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):
+            self.lengths = torch.full((batch,), self.length, dtype=torch.int32, device=device)
         self.batch_size, self.capacity, self.is_initialized = batch, capacity, True
 
     # --- what transformers asks of a cache layer ------------------------------------------------
@@ -225,9 +227,10 @@ class QuantizedLayer(CacheLayerMixin):
         """Keep the rows `indices` (integers or a bool mask) of the batch."""
         if not self.length:
             return
-        for name in (*_BUFFERS, "lengths"):
-            buffer = getattr(self, name)
-            setattr(self, name, buffer[indices.to(buffer.device)])
+        with torch.inference_mode(False):
+            for name in (*_BUFFERS, "lengths"):
+                buffer = getattr(self, name)
+                setattr(self, name, buffer[indices.to(buffer.device)])
         self.batch_size = self.lengths.shape[0]
 
     def offload(self) -> None:

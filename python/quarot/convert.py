@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 from quarot import hadamard, hf, rotate
 from quarot.config import QuarotConfig
 from quarot.models import Architecture, Geometry, describe
-from quarot.modules.decoder_layer import DecoderLayer, linear_shapes, norm_shapes
+from quarot.modules.canonical import linear_shapes, norm_shapes
+from quarot.modules.decoder_layer import DecoderLayer
 from quarot.quantize import rtn
 
 logger = logging.getLogger("quarot")

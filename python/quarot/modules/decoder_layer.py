@@ -4,15 +4,14 @@ Ten op calls (DESIGN section 6): norm and quantize, q|k|v, RoPE + R3 + append to
 cache, attention to it, head Hadamard and quantize, output projection + residual; norm and quantize,
 gate|up, activation + R4 + quantize, down projection + residual.
 
-In a state dict the layer looks like the one it replaces: the sub-tree of dotted names is built from
-the architecture's description, with `weight_packed` and `weight_scale` in place of `weight`. Those
-canonical tensors exist while a checkpoint is read. `fuse` moves them into the kernels' buffers, and
-saving or loading translates, so there is never more than one copy of the weights.
+In a state dict the layer looks like the one it replaces (module `canonical`). Those tensors exist
+while a checkpoint is read. `fuse` moves them into the kernels' buffers, and saving or loading
+translates, so there is never more than one copy of the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,13 +19,12 @@ from torch import Tensor, nn
 
 from quarot import hadamard
 from quarot.cache import CacheSpec, QuantizedLayer, adopt
-from quarot.config import WEIGHT_GROUPS, QuarotConfig
+from quarot.config import QuarotConfig
 from quarot.models.base import Architecture, Geometry
-from quarot.modules import attention
+from quarot.modules import attention, canonical
 from quarot.modules import mask as masks
-from quarot.modules.linear import CanonicalLinear, QuantizedLinear, backend_ops, check_dtype
-
-_K_MULTIPLE = 32  # linear_int4 reads this many codes of a row at a time
+from quarot.modules.canonical import CanonicalLinear
+from quarot.modules.linear import QuantizedLinear, backend_ops
 
 
 class DecoderLayer(nn.Module):
@@ -70,21 +68,9 @@ class DecoderLayer(nn.Module):
         self.head_block = hadamard.split(geometry.heads)[0] if config.head_hadamard else 1
         self.fused = self._fuse_after_load = False
 
-        biases = frozenset(biases)
-        for path, (rows, columns) in linear_shapes(architecture, geometry).items():
-            _check_width(path, columns, config)
-            linear = CanonicalLinear(
-                columns,
-                rows,
-                bits=config.w_bits,
-                group=config.w_group,
-                bias=path in biases,
-                dtype=dtype,
-                device=device,
-            )
-            _place(self, path, linear)
-        for path, size in norm_shapes(architecture, geometry).items():
-            _place(self, path, NormWeight(size, dtype, device))
+        canonical.build(
+            self, architecture, geometry, config, biases=biases, dtype=dtype, device=device
+        )
         a = architecture
         self._linears = {
             "qkv": (a.q, a.k, a.v),
@@ -133,7 +119,9 @@ class DecoderLayer(nn.Module):
         self.fused = False
 
     def _parts(self, name: str) -> list[CanonicalLinear]:
-        return [_linear(self, path) for path in self._linears[name]]
+        parts = [self.get_submodule(path) for path in self._linears[name]]
+        assert all(isinstance(part, CanonicalLinear) for part in parts)  # nothing else can be put
+        return parts  # type: ignore[return-value]
 
     def _kernel(self, name: str) -> QuantizedLinear:
         kernel = self.kernels[name]
@@ -157,7 +145,7 @@ class DecoderLayer(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DecoderLayer:
-        check_dtype(fn, next(self.parameters()).device)
+        canonical.check_dtype(fn, next(self.parameters()).device)
         super()._apply(fn, recurse)
         return self
 
@@ -202,6 +190,10 @@ class DecoderLayer(nn.Module):
         qkv = self._multiply("qkv", x, None, hidden_states)
         heads = qkv.unflatten(-1, (-1, geometry.head_dim))
         q, k, v = heads.split([geometry.heads, geometry.kv_heads, geometry.kv_heads], dim=2)
+        if self.architecture.q_norm is not None:
+            q = ops.rmsnorm_quantize(q, self._norm("q_norm"), geometry.norm_eps, bits=16)[0]
+        if self.architecture.k_norm is not None:
+            k = ops.rmsnorm_quantize(k, self._norm("k_norm"), geometry.norm_eps, bits=16)[0]
         mixed = self._attend(q, k, v, position_embeddings, attention_mask, past_key_values)
         x = ops.head_hadamard_quantize(mixed, self.head_block, **self._codes("o"))
         hidden_states = self._multiply("o", x, hidden_states, hidden_states)
@@ -288,84 +280,6 @@ class DecoderLayer(nn.Module):
         like: Tensor,
     ) -> Tensor:
         return self.kernels[name](*x, residual, out_dtype=like.dtype)
-
-
-class NormWeight(nn.Module):
-    """Hold the weight [size] of an RMSNorm; the norm itself is part of a fused op."""
-
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(
-            torch.ones(size, dtype=dtype, device=device), requires_grad=False
-        )
-
-
-class _Names(nn.Module):
-    """A node of the sub-tree of names: only there to be walked, its children stay what they are.
-
-    An adapter (peft …) that put its own module in a linear's place would silently compute nothing.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__.get("_modules", ()):
-            raise RuntimeError(
-                f"{name}: got a {type(value).__name__} to replace it; the linears of a converted "
-                "layer are fused and can be neither replaced nor wrapped"
-            )
-        super().__setattr__(name, value)
-
-
-def linear_shapes(architecture: Architecture, geometry: Geometry) -> dict[str, tuple[int, int]]:
-    """Return path -> (out_features, in_features) of a layer's linears."""
-    a, g = architecture, geometry
-    q, kv = g.heads * g.head_dim, g.kv_heads * g.head_dim
-    return {
-        a.q: (q, g.hidden),
-        a.k: (kv, g.hidden),
-        a.v: (kv, g.hidden),
-        a.o: (g.hidden, q),
-        a.gate: (g.intermediate, g.hidden),
-        a.up: (g.intermediate, g.hidden),
-        a.down: (g.hidden, g.intermediate),
-    }
-
-
-def norm_shapes(architecture: Architecture, geometry: Geometry) -> Mapping[str, int]:
-    """Return path -> size of a layer's norms."""
-    return dict.fromkeys(architecture.norm_readers, geometry.hidden)
-
-
-def _check_width(path: str, columns: int, config: QuarotConfig) -> None:
-    if config.w_bits == 16:
-        return
-    if columns % _K_MULTIPLE:
-        raise ValueError(
-            f"{path}: has {columns} input columns, 4-bit weights need a multiple of {_K_MULTIPLE}"
-        )
-    if config.w_group and columns % config.w_group:
-        works = [group for group in WEIGHT_GROUPS if group and columns % group == 0]
-        raise ValueError(
-            f"{path}: w_group {config.w_group} does not divide its {columns} input columns; "
-            f"needs 0 (the whole row) or one of {works}"
-        )
-
-
-def _place(layer: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` at a dotted path below `layer`, making the nodes on the way."""
-    *nodes, name = path.split(".")
-    node = layer
-    for part in nodes:
-        if part not in node._modules:
-            node.add_module(part, _Names())
-        node = node.get_submodule(part)
-    node.add_module(name, module)
-
-
-def _linear(layer: nn.Module, path: str) -> CanonicalLinear:
-    linear = layer.get_submodule(path)
-    if not isinstance(linear, CanonicalLinear):
-        raise RuntimeError(f"{path}: was replaced by a {type(linear).__name__}; not supported")
-    return linear
 
 
 def _fuse_again(layer: nn.Module, incompatible_keys: Any) -> None:

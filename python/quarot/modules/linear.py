@@ -1,28 +1,24 @@
-"""Linears of a converted model: as a checkpoint names them, and as the kernels read them.
+"""Linears of a converted model as the kernels read them.
 
-`CanonicalLinear` is one linear under its Hugging Face name; its tensors are what a checkpoint
-holds. `QuantizedLinear` is one or several linears that read the same input (q|k|v, gate|up),
-stacked along their output rows into one kernel buffer. A decoder layer holds the weights in exactly
-one of the two: `fuse` moves them from the first into the second, `unfuse` back.
+A `QuantizedLinear` is one or several linears that read the same input (q|k|v, gate|up), stacked
+along their output rows into one kernel buffer. A decoder layer holds the weights either here or
+under their canonical names, never in both: `fuse` moves them here, `unfuse` back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from quarot import ops
+from quarot.modules.canonical import CanonicalLinear, apply_but_scale, check_dtype
 from quarot.ops import reference
 
 _BACKENDS: dict[str, ModuleType] = {"kernel": ops, "reference": reference}
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What a model may compute in."""
 
 
 def backend_ops(backend: str) -> ModuleType:
@@ -30,71 +26,6 @@ def backend_ops(backend: str) -> ModuleType:
     if backend not in _BACKENDS:
         raise ValueError(f"backend: got {backend!r}, needs one of {', '.join(_BACKENDS)}")
     return _BACKENDS[backend]
-
-
-class CanonicalLinear(nn.Module):
-    """Name the tensors of one linear in a state dict; it computes nothing.
-
-    4-bit weights: `weight_packed` uint8 [out_features, in_features / 2] and `weight_scale` float32
-    [out_features, groups]. 16-bit: `weight` [out_features, in_features]. `bias` [out_features].
-
-    Args:
-        bits: 4 or 16;  group: input columns that share a scale, 0 = all of them.
-        bias: whether there is one;  dtype: of `weight` and `bias`.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        bits: int,
-        group: int = 0,
-        bias: bool = False,
-        dtype: torch.dtype,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        if bits == 4:
-            groups = in_features // group if group else 1
-            self.specs["weight_packed"] = (out_features, in_features // 2), torch.uint8
-            self.specs["weight_scale"] = (out_features, groups), torch.float32
-        else:
-            self.specs["weight"] = (out_features, in_features), dtype
-        if bias:
-            self.specs["bias"] = (out_features,), dtype
-        for name, (shape, kind) in self.specs.items():
-            self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
-
-    def take(self) -> dict[str, Tensor]:
-        """Return the tensors and keep none: their state-dict entries are the layer's to write."""
-        tensors = {name: self.get_buffer(name) for name in self.specs}
-        for name in self.specs:
-            delattr(self, name)
-        return tensors
-
-    def put(self, tensors: dict[str, Tensor]) -> None:
-        """Hold `tensors`, the inverse of `take`."""
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
-
-    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: the weights are part of a fused kernel buffer."""
-        raise RuntimeError(
-            "this linear only names tensors of a quarot checkpoint; its decoder layer computes it "
-            "together with its neighbours, so it can be neither called nor wrapped by itself"
-        )
-
-    def extra_repr(self) -> str:
-        """Show the sizes, as nn.Linear does."""
-        bias = "bias" in self.specs
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CanonicalLinear:
-        _apply_but_scale(self, fn, recurse)
-        return self
 
 
 class QuantizedLinear(nn.Module):
@@ -225,39 +156,10 @@ class QuantizedLinear(nn.Module):
         # The kernel layout belongs to a device: it travels by rows and is packed again there.
         packed = self.weight if self.bits == 4 else None
         if packed is None or check_dtype(fn, packed.device) == packed.device:
-            _apply_but_scale(self, fn, recurse)
+            apply_but_scale(self, fn, recurse)
             return self
         rows = fn(self._rows())
         self.weight = packed = None
-        _apply_but_scale(self, fn, recurse)
+        apply_but_scale(self, fn, recurse)
         self.weight = backend_ops(self.backend).prepack_int4(rows)
         return self
-
-
-def check_dtype(fn: Callable[[Tensor], Tensor], device: torch.device) -> torch.device:
-    """Return the device to which `fn`, a function of `Module._apply`, moves tensors of `device`.
-
-    Raises:
-        TypeError: it would make a model of another dtype than bfloat16, float16 or float32.
-    """
-    moved = fn(torch.empty(0, device=device))
-    if moved.dtype not in _DTYPES:
-        raise TypeError(
-            f"dtype: got {moved.dtype}, a quarot model computes in bfloat16, float16 or float32"
-        )
-    return moved.device
-
-
-def _apply_but_scale(
-    module: CanonicalLinear | QuantizedLinear, fn: Callable[[Tensor], Tensor], recurse: bool
-) -> None:
-    """Apply `fn` to a module's tensors, to `weight_scale` only if it leaves it float32."""
-    scale = module._buffers.get("weight_scale")
-    if scale is None:
-        nn.Module._apply(module, fn, recurse)
-        return
-    moved = fn(scale)
-    module._buffers["weight_scale"] = None
-    nn.Module._apply(module, fn, recurse)
-    kept = moved if moved.dtype == scale.dtype else scale.to(moved.device)
-    module._buffers["weight_scale"] = kept

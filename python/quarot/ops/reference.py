@@ -1,11 +1,11 @@
 """The ops in plain torch: the executable specification of quarot's arithmetic (DESIGN section 4).
 
 Every function has the name and the arguments of its wrapper in `quarot.ops`, runs on any device,
-and works in float32 in the order that the kernels keep, so that a kernel is compared with it bit by
-bit where no transform, norm or exponential comes before the codes. It is also what
-`backend="reference"` and a device without a kernel run. Weights are canonical here (packed
-[n, k/2]): `prepack_int4` is the identity. float64 inputs keep their precision where nothing is
-quantized (bits=16).
+and works in float32 in the order that the kernels keep (Hadamard sums: in float64), so that a
+kernel is compared with it bit by bit where no transform, norm or exponential comes before the
+codes. It is also what `backend="reference"` and a device without a kernel run. Weights are
+canonical here (packed [n, k/2]): `prepack_int4` is the identity. float64 inputs keep their
+precision where nothing is quantized (bits=16).
 
 Two traps of eager torch are avoided throughout: dividing by a Python number multiplies by its
 reciprocal on CUDA, so divisors are tensors; and integer matrix products do not exist there, so sums
@@ -36,8 +36,8 @@ def hadamard(
     factor: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Blocks of `size` of the last dimension times H; computed in float32, one rounding."""
-    return _hadamard.transform(x, size, scale, factor)
+    """Blocks of `size` of the last dimension times H, one rounding."""
+    return _hadamard.transform(x.double(), size, scale, factor).to(x.dtype)
 
 
 def quantize(
@@ -117,7 +117,7 @@ def hadamard_quantize(
     packed: bool = False,
 ) -> Quantized:
     """`hadamard`, then `quantize`, without a rounding in between."""
-    y = _hadamard.transform(_wide(x), size, scale_hadamard, factor)
+    y = _transform(_wide(x), size, scale_hadamard, factor)
     return _finish(y, x.dtype, bits, symmetric, clip, group, packed)
 
 
@@ -163,7 +163,7 @@ def glu_hadamard_quantize(
         y = F.gelu(gate, approximate="tanh") * up
     else:
         raise ValueError(f"activation: got {activation!r}, needs silu, gelu or gelu_tanh")
-    y = _hadamard.transform(y, size, scale_hadamard, factor)
+    y = _transform(y, size, scale_hadamard, factor)
     return _finish(y, gate_up.dtype, bits, symmetric, clip, group, packed)
 
 
@@ -180,7 +180,7 @@ def head_hadamard_quantize(
     packed: bool = False,
 ) -> Quantized:
     """x [..., H, D] times (H_heads (x) I) in blocks of `heads` heads, then `quantize` of H * D."""
-    y = _hadamard.transform_heads(_wide(x), heads, scale_hadamard, factor).flatten(-2)
+    y = _transform(_wide(x).mT, heads, scale_hadamard, factor).mT.flatten(-2)
     return _finish(y, x.dtype, bits, symmetric, clip, group, packed)
 
 
@@ -257,8 +257,8 @@ def rope_hadamard_kv_append(
                 f"start: tokens {first} to {last - 1} do not fit a capacity of {k_codes.shape[2]}"
             )
     row = torch.arange(batch, device=k.device)[:, None]
-    q_rotated = _hadamard.transform(_rope(q, cos, sin), size, None, factor)
-    k_rotated = _hadamard.transform(_rope(k, cos, sin), size, None, factor)
+    q_rotated = _transform(_rope(q, cos, sin), size, None, factor)
+    k_rotated = _transform(_rope(k, cos, sin), size, None, factor)
     for x, clip, cache in (
         (k_rotated, k_clip, (k_codes, k_scale, k_zero)),
         (v.float(), v_clip, (v_codes, v_scale, v_zero)),
@@ -321,6 +321,13 @@ def attention(
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _transform(x: Tensor, size: int | None, scale: float | None, factor: Tensor | None) -> Tensor:
+    # Summed in float64, so that every kernel's order of summation is as far from it as from exact.
+    if size == 1 and scale in (None, 1):
+        return x
+    return _hadamard.transform(x.double(), size, scale, factor).to(x.dtype)
 
 
 def _finish(

@@ -1,0 +1,293 @@
+"""ops.attention: accuracy against float64, causality, masks, ragged lengths, hidden garbage."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers import KvCache, assert_accurate, cache_values, poisoned, random_cache
+from quarot import ops
+from quarot.ops import reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CPU = torch.device("cpu")
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def in_float64(q, cache: KvCache, lengths, mask, bits, scale):
+    """The formula, one query at a time, over the keys that it sees."""
+    keys, values = cache_values(*cache[:3], bits), cache_values(*cache[3:], bits)
+    batch, seq, heads, _ = q.shape
+    group = heads // keys.shape[1]
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    for b in range(batch):
+        for s in range(seq):
+            for h in range(heads):
+                seen = list(range(int(lengths[b]) - seq + s + 1))
+                if mask is not None:
+                    row = mask[b, h if mask.shape[1] > 1 else 0, s]
+                    seen = [j for j in seen if row[j]]
+                if seen:
+                    scores = keys[b, h // group][seen] @ q[b, s, h].double() * scale
+                    out[b, s, h] = scores.softmax(0) @ values[b, h // group][seen]
+    return out
+
+
+def attend(module, device, q, cache, lengths, mask=None, *, bits, scale=0.2):
+    mask = None if mask is None else mask.to(device)
+    return module.attention(
+        q.to(device),
+        *(t.to(device) for t in cache),
+        lengths.to(device),
+        mask,
+        bits=bits,
+        scale=scale,
+    )
+
+
+def check(device, q, cache, lengths, mask=None, *, bits, scale=0.2):
+    """Compare with float64, by the error of the same formula in torch and q's dtype."""
+    actual = attend(ops, device, q, cache, lengths, mask, bits=bits, scale=scale)
+    assert actual.dtype == q.dtype and actual.is_contiguous()
+    in_torch = attend(reference, CPU, q, cache, lengths, mask, bits=bits, scale=scale)
+    exact = in_float64(q, cache, lengths, mask, bits, scale)
+    assert_accurate(actual, in_torch, exact)
+    # Neither may be far off: the rule above would pass if both were.
+    limit = 2 * torch.finfo(q.dtype).eps * exact.abs().max().item() + 2e-5
+    torch.testing.assert_close(in_torch.double(), exact, rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(4, 4, 64), (9, 3, 64), (8, 1, 32), (3, 3, 80), (2, 1, 256)]
+)
+@pytest.mark.parametrize("seq", [1, 6])
+def test_accuracy(device, bits, dtype, heads, kv_heads, dim, seq):
+    q = torch.randn(2, seq, heads, dim).to(dtype)
+    cache = random_cache(2, kv_heads, 40, dim, bits, CPU)
+    check(device, q, cache, ints(33, 40), bits=bits, scale=dim**-0.5)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=3),
+    seq=st.integers(1, 7),
+    group=st.integers(1, 3),
+    masked=st.sampled_from([None, "shared", "per head"]),
+    bits=st.sampled_from([4, 8]),
+    seed=st.integers(0, 100),
+)
+def test_shapes_masks_and_lengths(device, lengths, seq, group, masked, bits, seed):
+    torch.manual_seed(seed)
+    batch, heads = len(lengths), 2 * group
+    q = torch.randn(batch, seq, heads, 32)
+    cache = random_cache(batch, 2, 20, 32, bits, CPU)
+    mask = None
+    if masked:
+        width = max(lengths) + seed % (21 - max(lengths))
+        mask = torch.rand(batch, heads if masked == "per head" else 1, seq, width) < 0.6
+    check(device, q, cache, ints(*lengths), mask, bits=bits)
+
+
+@pytest.mark.parametrize("seq", [1, 300])
+def test_long_rows(device, seq):
+    q = torch.randn(1, seq, 2, 64)
+    cache = random_cache(1, 1, 3000, 64, 4, CPU)
+    lengths = ints(2900)
+    actual = attend(ops, device, q, cache, lengths, bits=4)
+    keys, values = cache_values(*cache[:3], 4)[0, 0], cache_values(*cache[3:], 4)[0, 0]
+    scores = torch.einsum("shd,jd->hsj", q[0].double(), keys) * 0.2
+    visible = torch.arange(3000) <= (torch.arange(seq) + 2900 - seq)[:, None]
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    exact = torch.einsum("hsj,jd->shd", weights, values)[None]
+    in_torch = attend(reference, CPU, q, cache, lengths, bits=4)
+    assert_accurate(actual, in_torch, exact)
+
+
+def test_large_scores_do_not_overflow(device):
+    q = torch.randn(1, 3, 2, 32) * 1e4
+    cache = random_cache(1, 2, 9, 32, 4, CPU)
+    actual = attend(ops, device, q, cache, ints(9), bits=4, scale=1.0)
+    exact = in_float64(q, cache, ints(9), None, 4, 1.0)
+    torch.testing.assert_close(actual.cpu().double(), exact, rtol=0, atol=1e-2)
+
+
+def test_prefill_equals_decode_steps(device):
+    """Query s of a prefill sees what it would see as a step of its own."""
+    q = torch.randn(2, 5, 4, 32)
+    cache = random_cache(2, 2, 16, 32, 4, CPU)
+    whole = attend(ops, device, q, cache, ints(9, 12), bits=4)
+    for s in range(5):
+        step = attend(ops, device, q[:, s : s + 1], cache, ints(5 + s, 8 + s), bits=4)
+        torch.testing.assert_close(whole[:, s : s + 1], step, rtol=1e-5, atol=1e-6)
+
+
+def test_queries_without_keys_are_zero(device):
+    q = torch.randn(3, 4, 2, 32)
+    cache = random_cache(3, 1, 8, 32, 4, CPU)
+    mask = torch.ones(3, 1, 4, 8, dtype=torch.bool)
+    mask[1, :, 2] = False  # fully masked
+    mask[2, :, :, :3] = False  # left padding: the first queries see nothing
+    lengths = ints(2, 8, 4)  # two tokens and four queries: the first two precede every key
+    actual = attend(ops, device, q, cache, lengths, mask, bits=4).cpu()
+    empty = torch.zeros(3, 4, dtype=torch.bool)
+    empty[0, :2] = empty[1, 2] = empty[2, :3] = True
+    assert not actual[empty].any()
+    assert actual[~empty].isfinite().all() and actual[~empty].abs().amax(-1).gt(0).all()
+
+
+@pytest.mark.parametrize("seq", [1, 4])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_lies_beyond_the_length_is_never_used(device, seq, bits):
+    q = torch.randn(2, seq, 4, 32)
+    cache = random_cache(2, 2, 24, 32, bits, CPU)
+    lengths = ints(7, 17)
+    expected = attend(ops, device, q, cache, lengths, bits=bits)
+    for scale in (cache[1], cache[4]):
+        scale[0, :, 7:], scale[1, :, 17:] = torch.nan, torch.inf
+    assert torch.equal(attend(ops, device, q, cache, lengths, bits=bits), expected)
+    for length, row in ((7, 0), (17, 1)):  # nor what another row of the batch brings
+        alone = [t[row : row + 1] for t in cache]
+        actual = attend(ops, device, q[row : row + 1], alone, ints(length), bits=bits)
+        torch.testing.assert_close(actual, expected[row : row + 1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", [1, 4], ids=["key", "value"])
+def test_a_nan_reaches_the_queries_that_see_it(device, part):
+    q = torch.randn(1, 6, 2, 32)
+    cache = random_cache(1, 2, 6, 32, 4, CPU)
+    expected = attend(ops, device, q, cache, ints(6), bits=4)
+    cache[part][0, 1, 3] = torch.nan  # a token whose key or value was not finite, of head 1
+    actual = attend(ops, device, q, cache, ints(6), bits=4)
+    assert actual[0, 3:, 1].isnan().all()
+    assert torch.equal(actual[0, :3], expected[0, :3])
+    assert torch.equal(actual[0, :, 0], expected[0, :, 0])
+
+
+def test_masked_keys_have_no_influence(device):
+    q = torch.randn(1, 2, 2, 32)
+    cache = random_cache(1, 1, 10, 32, 4, CPU)
+    mask = torch.ones(1, 1, 2, 10, dtype=torch.bool)
+    mask[..., 4:6] = False
+    expected = attend(ops, device, q, cache, ints(10), mask, bits=4)
+    for t in cache:
+        t[:, :, 4:6] = t[:, :, :2]
+    assert torch.equal(attend(ops, device, q, cache, ints(10), mask, bits=4), expected)
+
+
+def test_layouts(device):
+    cache = random_cache(2, 2, 12, 32, 4, CPU)
+    lengths = ints(12, 10)
+    q = torch.randn(2, 3, 4, 32)
+    mask = torch.rand(2, 4, 3, 12) < 0.7
+    expected = attend(ops, device, q, cache, lengths, mask, bits=4)
+    heads_first = q.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(attend(ops, device, heads_first, cache, lengths, mask, bits=4), expected)
+    wide = torch.zeros(2, 4, 3, 20, dtype=torch.bool)
+    wide[..., 4:16] = mask
+    here = [t.to(device) for t in (q, *cache, lengths)]
+    for view in (wide.to(device)[..., 4:16], mask.to(device).mT.contiguous().mT):
+        assert torch.equal(ops.attention(*here, view, bits=4, scale=0.2), expected)
+    shared = mask[:, :1]
+    expected = attend(ops, device, q, cache, lengths, shared.repeat(1, 4, 1, 1), bits=4)
+    expanded = shared.to(device).expand(2, 4, 3, 12)
+    assert torch.equal(ops.attention(*here, expanded, bits=4, scale=0.2), expected)
+    assert torch.equal(ops.attention(*here, shared.to(device), bits=4, scale=0.2), expected)
+
+
+@pytest.mark.parametrize("seq", [1, 3])
+def test_reads_and_writes_only_its_own(device, seq):
+    q, cache = torch.randn(2, seq, 4, 40), random_cache(2, 2, 9, 40, 4, CPU)
+    mask = torch.ones(2, 1, seq, 9, dtype=torch.bool)
+    inputs = [q, *cache, ints(9, 9), mask]
+    guarded, checks = zip(*(poisoned(t.to(device)) for t in inputs), strict=True)
+    actual = ops.attention(*guarded, bits=4, scale=0.2)
+    exact = in_float64(q, cache, ints(9, 9), None, 4, 0.2)
+    torch.testing.assert_close(actual.cpu().double(), exact, rtol=0, atol=1e-5)
+    for check_ in checks:
+        check_()
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 4, 32), (2, 0, 4, 32)])
+def test_empty(device, shape):
+    cache = random_cache(shape[0], 2, 4, 32, 4, CPU)
+    lengths = torch.full(shape[:1], 2, dtype=torch.int32)
+    actual = attend(ops, device, torch.empty(shape), cache, lengths, bits=4)
+    assert actual.shape == shape
+
+
+NAMES = ["q", "k_codes", "k_scale", "k_zero", "v_codes", "v_scale", "v_zero", "lengths"]
+
+
+def good(device="cpu"):
+    tensors = (torch.randn(2, 3, 4, 32), *random_cache(2, 2, 8, 32, 4, CPU), ints(8, 5))
+    named = zip(NAMES, (t.to(device) for t in tensors), strict=True)
+    return {**dict(named), "mask": None, "bits": 4, "scale": 0.2}
+
+
+def booleans(*shape):
+    return torch.ones(shape, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": torch.zeros(2, 3, 4, 32).double()}, "q.*float64"),
+        ({"q": torch.zeros(2, 3, 128)}, "q.*head_dim"),
+        ({"q": torch.zeros(2, 3, 3, 32)}, "q.*heads"),
+        ({"q": torch.zeros(2, 3, 4, 64)}, "k_codes.*64"),
+        ({"q": torch.zeros(1, 3, 4, 32)}, "k_codes.*1 seq"),
+        ({"k_codes": torch.zeros(2, 2, 8, 16)}, "k_codes.*uint8"),
+        ({"k_scale": torch.zeros(2, 2, 8)}, "k_scale.*float16"),
+        ({"k_zero": torch.zeros(2, 2, 8).char()}, "k_zero.*uint8"),
+        ({"v_codes": torch.zeros(2, 2, 9, 16).byte()}, "v_codes.*shape"),
+        ({"v_codes": torch.zeros(2, 8, 2, 16).byte().mT.mT.transpose(1, 2)}, "v_codes.*contiguous"),
+        ({"v_scale": torch.zeros(2, 2, 7).half()}, "v_scale.*shape"),
+        ({"v_zero": torch.zeros(2, 2, 8)}, "v_zero.*uint8"),
+        ({"lengths": torch.tensor([8, 5])}, "lengths.*int32"),
+        ({"lengths": ints(8)}, "lengths.*shape"),
+        ({"lengths": ints(8, 9)}, "lengths.*capacity 8.*9"),
+        ({"lengths": ints(8, -1)}, "lengths.*-1"),
+        ({"mask": torch.zeros(2, 1, 3, 8)}, "mask.*bool"),
+        ({"mask": booleans(2, 3, 8)}, "mask"),
+        ({"mask": booleans(2, 2, 3, 8)}, "mask.*1 or 4"),
+        ({"mask": booleans(1, 1, 3, 8)}, "mask"),
+        ({"mask": booleans(2, 1, 3, 7)}, "mask.*at least 8"),
+        ({"bits": 16}, "bits.*16"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_refusals_name_the_argument(changes, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.attention(**(good() | changes))
+
+
+def test_refuses_a_query_that_requires_grad(device):
+    arguments = good(device)
+    arguments["q"].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"attention: .*requires grad"):
+        ops.attention(**arguments)
+    with torch.no_grad():
+        ops.attention(**arguments)
+
+
+def test_opcheck(device):
+    op = torch.ops.quarot.attention.default
+    arguments = good(device)
+    torch.library.opcheck(op, tuple(arguments.values()))
+    mask = booleans(2, 1, 3, 8).to(device)
+    torch.library.opcheck(op, tuple((arguments | {"mask": mask}).values()))
+
+
+def test_compiles_into_one_graph(device):
+    arguments = good(device)
+
+    def step(q):
+        return ops.attention(**(arguments | {"q": q * 2})) + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(arguments["q"]), step(arguments["q"]))

@@ -1,0 +1,316 @@
+"""ops.linear_int4 and its weight layout: exact integer sums, one float32 epilogue, any shape."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers import poisoned
+from quarot import ops
+from quarot.ops import reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make(m, n, k, *, bits=8, groups=1, asymmetric=False, seed=0):
+    """Random arguments x_q, x_scale, x_zero, w codes (unpacked), w_scale, w_sum."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(low, high, *shape):
+        return torch.randint(low, high, shape, generator=generator)
+
+    half = 2 ** (bits - 1)
+    x_q = integers(-half, half, m, k).to(torch.int8)
+    x_scale = torch.rand(m, generator=generator) + 0.5
+    x_zero = integers(-half, half, m).int() if asymmetric else None
+    w = integers(-8, 8, n, k).to(torch.int8)
+    w_scale = torch.rand(n, groups, generator=generator) / k
+    w_sum = w.view(n, groups, -1).sum(-1, dtype=torch.int32)
+    return x_q, x_scale, x_zero, w, w_scale, w_sum
+
+
+def call(device, x_q, x_scale, x_zero, w, w_scale, w_sum, *addends, out_dtype=torch.float32):
+    """Run the op on `device` with the weight codes packed for it."""
+    packed = ops.prepack_int4(ops.pack_int4(w.to(device)))
+    here = [None if t is None else t.to(device) for t in (x_q, x_scale, x_zero)]
+    there = [None if t is None else t.to(device) for t in (w_scale, w_sum, *addends)]
+    return ops.linear_int4(*here, packed, *there, out_dtype=out_dtype)
+
+
+def specified(x_q, x_scale, x_zero, w, w_scale, w_sum, *addends, out_dtype=torch.float32):
+    packed = reference.pack_int4(w)
+    return reference.linear_int4(
+        x_q, x_scale, x_zero, packed, w_scale, w_sum, *addends, out_dtype=out_dtype
+    )
+
+
+def in_int64(x_q, x_scale, x_zero, w, w_scale, w_sum, bias=None, residual=None):
+    """The formula, on its own: int64 sums, then float32 in DESIGN's order."""
+    groups = w_scale.shape[1]
+    y = 0
+    for g, (xs, ws) in enumerate(zip(x_q.chunk(groups, -1), w.chunk(groups, -1), strict=True)):
+        zero = 0 if x_zero is None else x_zero.long()[..., None]
+        acc = ((xs.long() - zero) @ ws.long().T).float()
+        y = y + (acc * x_scale[..., None]) * w_scale[:, g]
+    for addend in (bias, residual):
+        y = y if addend is None else y + addend.float()
+    return y
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_equals_reference_and_formula(device, out_dtype, groups, asymmetric, bits):
+    arguments = make(5, 37, 192, bits=bits, groups=groups, asymmetric=asymmetric)
+    actual = call(device, *arguments, out_dtype=out_dtype)
+    assert actual.dtype == out_dtype and actual.shape == (5, 37) and actual.is_contiguous()
+    assert torch.equal(actual.cpu(), specified(*arguments, out_dtype=out_dtype))
+    assert torch.equal(actual.cpu(), in_int64(*arguments).to(out_dtype))
+
+
+@pytest.mark.parametrize("addend_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+def test_bias_and_residual(device, addend_dtype, out_dtype):
+    arguments = make(4, 33, 64, asymmetric=True)
+    bias, residual = torch.randn(33).to(addend_dtype), torch.randn(4, 33).to(addend_dtype)
+    for addends in ((bias, None), (None, residual), (bias, residual)):
+        actual = call(device, *arguments, *addends, out_dtype=out_dtype)
+        assert torch.equal(actual.cpu(), in_int64(*arguments, *addends).to(out_dtype))
+
+
+@given(
+    m=st.integers(0, 9),
+    n=st.integers(1, 70),
+    k=st.integers(1, 6).map(lambda i: 32 * i),
+    groups=st.sampled_from([1, 2, 4]),
+    asymmetric=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_shapes(device, m, n, k, groups, asymmetric, seed):
+    arguments = make(m, n, k, groups=groups, asymmetric=asymmetric, seed=seed)
+    assert torch.equal(call(device, *arguments).cpu(), in_int64(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 1, 32), (1, 1000, 576), (130, 96, 64), (3, 16, 4096)]
+)
+def test_sizes(device, m, n, k):
+    arguments = make(m, n, k)
+    assert torch.equal(call(device, *arguments).cpu(), in_int64(*arguments))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0, 3)])
+def test_leading_dimensions(device, shape):
+    rows = int(torch.Size(shape).numel())
+    x_q, x_scale, x_zero, *weight = make(rows, 17, 64, asymmetric=True)
+    residual = torch.randn(*shape, 17)
+    shaped = (x_q.view(*shape, 64), x_scale.view(shape), x_zero.view(shape), *weight)
+    actual = call(device, *shaped, None, residual)
+    assert actual.shape == (*shape, 17)
+    expected = in_int64(x_q, x_scale, x_zero, *weight, None, residual.view(-1, 17))
+    assert torch.equal(actual.cpu().view(-1, 17), expected)
+
+
+@pytest.mark.parametrize("x", [-128, 127])
+@pytest.mark.parametrize("w", [-8, 7])
+@pytest.mark.parametrize("zero", [None, -128, 127])
+def test_largest_sums_are_exact(device, x, w, zero):
+    """k = 28672, all -8 * -128: beyond int16 and float32's 24 bits; zero points cancel."""
+    m, n, k = 2, 3, 28672
+    x_q = torch.full((m, k), x, dtype=torch.int8)
+    codes = torch.full((n, k), w, dtype=torch.int8)
+    codes[1, 5] += 1 if w < 0 else -1  # an odd sum, too
+    w_sum = codes.sum(-1, keepdim=True, dtype=torch.int32)
+    x_zero = None if zero is None else torch.full((m,), zero, dtype=torch.int32)
+    arguments = (x_q, torch.ones(m), x_zero, codes, torch.ones(n, 1), w_sum)
+    acc = (x_q.long() - (zero or 0)) @ codes.long().T
+    assert torch.equal(call(device, *arguments).cpu(), acc.float())
+    assert torch.equal(specified(*arguments), acc.float())
+
+
+def test_layouts_of_activations(device):
+    x_q, x_scale, x_zero, w, w_scale, w_sum = make(6, 24, 64)
+    packed = ops.prepack_int4(ops.pack_int4(w.to(device)))
+    wide = torch.full((6, 96), 77, dtype=torch.int8, device=device)
+    wide[:, 16:80] = x_q.to(device)
+    scales = torch.stack((x_scale, x_scale), dim=1).to(device)[:, 0]
+    scale = w_scale.to(device)
+    actual = ops.linear_int4(wide[:, 16:80], scales, None, packed, scale, out_dtype=torch.float32)
+    expected = in_int64(x_q, x_scale, x_zero, w, w_scale, w_sum)
+    assert torch.equal(actual.cpu(), expected)
+    residual = torch.randn(24, 6, device=device).T
+    actual = ops.linear_int4(
+        wide[:, 16:80], scales, None, packed, scale, residual=residual, out_dtype=torch.float32
+    )
+    assert torch.equal(actual.cpu(), expected + residual.cpu())
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 5, 32), (3, 17, 96), (7, 64, 64)])
+def test_reads_and_writes_only_its_own(device, m, n, k):
+    x_q, x_scale, x_zero, w, w_scale, w_sum = make(m, n, k, asymmetric=True)
+    bias, residual = torch.randn(n), torch.randn(m, n)
+    prepacked = ops.prepack_int4(ops.pack_int4(w.to(device)))
+    inputs = [x_q, x_scale, x_zero, prepacked, w_scale, w_sum, bias, residual]
+    guarded, checks = zip(*(poisoned(t.to(device)) for t in inputs), strict=True)
+    actual = ops.linear_int4(*guarded, out_dtype=torch.float32)
+    expected = in_int64(x_q, x_scale, x_zero, w, w_scale, w_sum, bias, residual)
+    assert torch.equal(actual.cpu(), expected)
+    for check in checks:
+        check()
+
+
+def test_a_nan_scale_marks_its_row_only(device):
+    arguments = list(make(3, 16, 32))
+    expected = in_int64(*arguments)
+    arguments[1] = arguments[1].clone()
+    arguments[1][1] = torch.nan
+    actual = call(device, *arguments).cpu()
+    assert actual[1].isnan().all()
+    assert torch.equal(actual[[0, 2]], expected[[0, 2]])
+
+
+def test_whole_chain_is_close_to_the_float_product(device):
+    """Quantize, multiply, compare with the float64 product of what was quantized."""
+    x, weight = torch.randn(6, 192), torch.randn(48, 192)
+    for symmetric in (True, False):
+        x_q, x_scale, x_zero = ops.quantize(x.to(device), 8, symmetric=symmetric)
+        codes, w_scale, _ = ops.quantize(weight.to(device), 4, group=64)
+        w_sum = codes.view(48, 3, 64).sum(-1, dtype=torch.int32)
+        w = ops.prepack_int4(ops.pack_int4(codes))
+        actual = ops.linear_int4(x_q, x_scale, x_zero, w, w_scale, w_sum, out_dtype=torch.float32)
+        left = ops.dequantize(x_q, x_scale, x_zero).double()
+        right = ops.dequantize(codes, w_scale).double()
+        torch.testing.assert_close(actual.double(), left @ right.T, rtol=0, atol=1e-4)
+
+
+@given(n=st.integers(1, 70), k=st.integers(1, 8).map(lambda i: 32 * i), seed=st.integers(0, 100))
+def test_prepack_is_lossless(device, n, k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    packed = torch.randint(0, 256, (n, k // 2), generator=generator, dtype=torch.uint8).to(device)
+    prepacked = ops.prepack_int4(packed)
+    assert prepacked.dtype == torch.uint8
+    assert prepacked.nbytes < packed.nbytes + 16 * k // 2
+    assert torch.equal(ops.unprepack_int4(prepacked, n, k), packed)
+    columns = packed.T.contiguous().T
+    assert torch.equal(ops.prepack_int4(columns), prepacked)
+
+
+def test_prepack_reads_and_writes_only_its_own(device):
+    packed, check = poisoned(torch.randint(0, 256, (19, 48), dtype=torch.uint8, device=device))
+    prepacked, check_prepacked = poisoned(ops.prepack_int4(packed))
+    assert torch.equal(ops.unprepack_int4(prepacked, 19, 96), packed)
+    check()
+    check_prepacked()
+
+
+X_Q, X_SCALE, X_ZERO, W, W_SCALE, W_SUM = make(2, 16, 64, asymmetric=True)
+GOOD = {
+    "x_q": X_Q,
+    "x_scale": X_SCALE,
+    "x_zero": None,
+    "w": ops.prepack_int4(ops.pack_int4(W)),
+    "w_scale": W_SCALE,
+    "w_sum": None,
+    "bias": None,
+    "residual": None,
+    "out_dtype": torch.float32,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_q": X_Q.float()}, "x_q.*int8.*float32"),
+        ({"x_q": X_Q[:, :48]}, "x_q.*32.*48"),
+        ({"x_q": X_Q.view(torch.uint8)[:, :32]}, "x_q.*packed"),
+        ({"x_q": X_Q[:, :32]}, "w .*"),
+        ({"x_scale": X_SCALE.double()}, "x_scale.*float32.*float64"),
+        ({"x_scale": X_SCALE[:1]}, r"x_scale.*\[2\].*\[1\]"),
+        ({"x_zero": X_ZERO}, "w_sum"),
+        ({"x_zero": X_ZERO.long(), "w_sum": W_SUM}, "x_zero.*int32.*int64"),
+        ({"x_zero": X_ZERO[:1], "w_sum": W_SUM}, "x_zero.*shape"),
+        ({"x_zero": X_ZERO, "w_sum": W_SUM.float()}, "w_sum.*int32.*float32"),
+        ({"x_zero": X_ZERO, "w_sum": W_SUM[:, 0]}, "w_sum.*shape"),
+        ({"w": ops.pack_int4(W)}, r"w must .*\[16, 32\]"),
+        ({"w_scale": W_SCALE[:, 0]}, "w_scale.*groups"),
+        ({"w_scale": W_SCALE.half()}, "w_scale.*float32.*float16"),
+        ({"w_scale": torch.ones(16, 3)}, "w_scale.*3"),
+        ({"bias": torch.ones(15)}, r"bias.*\[16\].*\[15\]"),
+        ({"bias": torch.ones(16, dtype=torch.int32)}, "bias.*int32"),
+        ({"residual": torch.ones(3, 16)}, r"residual.*\[2, 16\].*\[3, 16\]"),
+        ({"residual": torch.ones(2, 16, dtype=torch.float64)}, "residual.*float64"),
+        ({"out_dtype": torch.int32}, "out_dtype.*int32"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_refusals_name_the_argument(changes, message):
+    arguments = GOOD | changes
+    with pytest.raises((RuntimeError, NotImplementedError), match=message):
+        ops.linear_int4(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("call_", "message"),
+    [
+        (lambda: ops.prepack_int4(X_Q), "w_packed.*uint8"),
+        (lambda: ops.prepack_int4(torch.zeros(4, 8, dtype=torch.uint8)), "w_packed.*32.*16"),
+        (lambda: ops.prepack_int4(torch.zeros(64, dtype=torch.uint8)), "w_packed.*n, k"),
+        (lambda: ops.unprepack_int4(GOOD["w"], 17, 64), "w .*shape"),
+        (lambda: ops.unprepack_int4(GOOD["w"], 16, 48), "k.*32.*48"),
+    ],
+)
+def test_prepack_refusals_name_the_argument(call_, message):
+    with pytest.raises(RuntimeError, match=message):
+        call_()
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("name", ["x_scale", "w", "w_scale"])
+def test_refuses_mixed_devices(device, name):
+    here = {n: t.to(device) if isinstance(t, torch.Tensor) else t for n, t in GOOD.items()}
+    with pytest.raises(RuntimeError, match=r"device|w must"):
+        ops.linear_int4(**(here | {name: GOOD[name]}))
+
+
+@pytest.mark.parametrize("name", ["bias", "residual"])
+def test_refuses_tensors_that_require_grad(name):
+    shape = {"bias": (16,), "residual": (2, 16)}[name]
+    arguments = GOOD | {name: torch.zeros(shape, requires_grad=True)}
+    with pytest.raises(RuntimeError, match=r"linear_int4: .*requires grad"):
+        ops.linear_int4(**arguments)
+    with torch.no_grad():
+        ops.linear_int4(**arguments)
+
+
+def test_opcheck(device):
+    q = torch.ops.quarot
+    x_q, x_scale, x_zero, w, w_scale, w_sum = (
+        t.to(device) for t in make(3, 20, 64, groups=2, asymmetric=True)
+    )
+    packed = ops.pack_int4(w)
+    prepacked = ops.prepack_int4(packed)
+    bias, residual = torch.randn(20, device=device), torch.randn(3, 20, device=device)
+    for op, arguments in (
+        (q.prepack_int4, (packed,)),
+        (q.unprepack_int4, (prepacked, 20, 64)),
+        (q.linear_int4, (x_q, x_scale, None, prepacked, w_scale, None, None, None, torch.bfloat16)),
+        (
+            q.linear_int4,
+            (x_q, x_scale, x_zero, prepacked, w_scale, w_sum, bias, residual, torch.float32),
+        ),
+    ):
+        torch.library.opcheck(op.default, arguments)
+
+
+def test_compiles_into_one_graph(device):
+    x, (_, _, _, w, w_scale, _) = torch.randn(3, 64, device=device), make(1, 20, 64)
+    prepacked, w_scale = ops.prepack_int4(ops.pack_int4(w.to(device))), w_scale.to(device)
+
+    def layer(x):
+        x_q, x_scale, x_zero = ops.rmsnorm_quantize(x)
+        return ops.linear_int4(x_q, x_scale, x_zero, prepacked, w_scale, out_dtype=x.dtype)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
