@@ -23,10 +23,9 @@ void transform_quantize(const Source& source, bool aligned, const HadamardMatrix
   if (aligned && n > 0 && n % kChunk == 0 && groups_are_whole(out)) {
     if (matrix.size == 1 && matrix.scale == 1.0f) return launch_rows(source, rows, n, out, stream);
     TransformPlan plan{};
-    if (plan_transform(plan, matrix, rows, n, inner, Source::kParts, n / out.group, QuantizeSink::kSlotBytes)) {
+    if (plan_transform(plan, matrix, rows, n, inner, Source::kOperands, n / out.group, QuantizeSink::kSlotBytes)) {
       const QuantizeSink sink{{out, FastDiv(static_cast<int>(out.group / kChunk))}};
-      launch(&transform_kernel<Source, QuantizeSink>, persistent_blocks(plan), plan.threads, plan.shared_bytes,
-             stream, plan, source, sink);
+      launch_transform(plan, source, sink, stream);
       return;
     }
   }

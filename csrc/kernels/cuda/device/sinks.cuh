@@ -24,10 +24,11 @@ struct StoreSink {
     const int end = rows_of_tile(p, tile) * p.row_chunks.divisor();
 #pragma unroll
     for (int i = 0; i < kThreadChunks; ++i) {
-      if (t.e[i] < 0 || t.e[i] >= end) continue;
+      const int e = t.index(i);
+      if (e < 0 || e >= end) continue;
 #pragma unroll
       for (int j = 0; j < kChunk; ++j) t.v[i][j] *= p.scale;
-      store_chunk<kDtype>(out, first + int64_t{t.e[i]} * kChunk, t.v[i]);
+      store_chunk<kDtype>(out, first + int64_t{e} * kChunk, t.v[i]);
     }
   }
   static __device__ __forceinline__ int rows_of_tile(const TransformPlan& p, int64_t tile) {
@@ -116,8 +117,9 @@ struct QuantizeSink {
       } else {
 #pragma unroll
         for (int i = 0; i < kThreadChunks; ++i) {
-          if (t.e[i] < 0) continue;
-          quantizer.collect(slots[quantizer.group_chunks(t.e[i])], range_of(t.v[i], quantizer.symmetric()));
+          const int e = t.index(i);
+          if (e < 0) continue;
+          quantizer.collect(slots[quantizer.group_chunks(e)], range_of(t.v[i], quantizer.symmetric()));
         }
       }
     }
@@ -133,9 +135,9 @@ struct QuantizeSink {
       const int64_t first = tile * p.tile_rows * p.n;
 #pragma unroll
       for (int i = 0; i < kThreadChunks; ++i) {
-        if (t.e[i] < 0 || t.e[i] >= end) continue;
-        store_codes(quantizer.out, first + int64_t{t.e[i]} * kChunk, t.v[i],
-                    slots[quantizer.group_chunks(t.e[i])].grid);
+        const int e = t.index(i);
+        if (e < 0 || e >= end) continue;
+        store_codes(quantizer.out, first + int64_t{e} * kChunk, t.v[i], slots[quantizer.group_chunks(e)].grid);
       }
     }
   }

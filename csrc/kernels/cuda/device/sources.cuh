@@ -25,7 +25,7 @@ struct RowSource {
 
   static constexpr bool kIsFloat = kDtype == DType::f32;
   static constexpr DType kOperand = kIsFloat ? DType::bf16 : kDtype;  // of transform.cuh
-  static constexpr int kParts = kIsFloat ? 3 : 1;
+  static constexpr int kOperands = kIsFloat ? 3 : 1;
   static constexpr int kInFlight = kIsFloat ? 2 : 8;  // chunks a thread loads before it uses them
   static constexpr bool kNormalised = false;
   using Raw = Chunk<kDtype>;
@@ -66,7 +66,7 @@ struct GluSource {
   int n;  // columns of gate
 
   static constexpr DType kOperand = DType::bf16;
-  static constexpr int kParts = 3;
+  static constexpr int kOperands = 3;
   static constexpr int kInFlight = kDtype == DType::f32 ? 1 : 2;
   static constexpr bool kNormalised = false;
   struct Raw {

@@ -5,7 +5,7 @@
 // products; the s bits left are butterflies of additions in fp32. q is the smallest one that leaves s <= 9.
 //
 // Layout. A tile is tile_rows rows, all their blocks side by side: [order][columns], columns = tile_rows * n / order.
-//   in    [kParts][order, padded to 16][pitch16]  16-bit operands: the input itself, or three bf16 that add up to an fp32
+//   in    [kOperands][order, padded to 16][pitch16]  16-bit operands: the input itself, or three bf16 that add up to an fp32
 //         exactly. Padded rows are zeros. Read by ldmatrix; the pitch is 16 bytes off a multiple of 128: no conflicts.
 //   out   [order][pitch32] fp32, columns swizzled (out_column). It may lie over `in`.
 //   signs [row tiles of F^T][column tiles][32 lanes] fragments A.
@@ -14,7 +14,9 @@
 // of column bits 0, 3, 4, 5. After the exchange through `out` a thread holds up to 8 chunks of 8 columns, does bits
 // 1, 2 and 6 to 8 (or all bits, where inner > 1), and hands them to the sink, in the order of memory. Blocks are persistent: they
 // go through tiles and load the next one while they finish this one, where shared memory allows.
-// A row too large for the shared memory is computed in parts of the rows of F^T, one after the other.
+// A row too large for the shared memory is computed in parts, one after the other: some rows of F^T, or one of its
+// blocks; and if three operands an element are too many, they too come one after the other. Such rows are read several times,
+// from the L2.
 //
 // Bound: memory. n = 4096, 16 bits: a multiprocessor has about 29 instruction slots for an element, needs about 15.
 #pragma once
@@ -56,26 +58,29 @@ struct TransformPlan {
   int columns;      // of a tile
   int column_tiles; // of a warp's columns
   int group_tiles;  // row tiles a warp multiplies: 2, or 1 where only that fits
-  int parts;        // of a tile, one after the other
-  int part_groups;  // groups a part
+  int parts;          // of a tile, one after the other
+  int part_groups;    // groups a part
+  bool part_is_block; // a part is a block of the row and all rows of F^T; else some rows of F^T
+  int operand_loads;  // 1: all operands of an element are in `in` at once; else they come one after the other
+  bool reload;        // `in` is loaded anew for each part
   int pitch16, pitch32;
   int factor_order, log_sylvester;  // K, q
   const int8_t* factor;
   int column_bits;   // s where inner = 1, else 0
   int strided_bits;  // bits between a thread's chunks
   float scale;
-  bool prefetch;  // `in` and `out` are apart
+  bool overlay;  // `out` lies over `in`; else the next tile is loaded early
   int in_at, out_at, slots_at, shared_bytes, threads;
   FastDiv row_chunks, block_chunks, segment_chunks, stride_chunks;  // n, order * segment, segment, stride, / 8
 };
 
 inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
-/// Plans the transform of rows of n in blocks of matrix.size * inner, with kParts operands of 16 bits an element and
+/// Plans the transform of rows of n in blocks of matrix.size * inner, with `operands` operands of 16 bits an element and
 /// slots_per_row * slot_bytes of shared memory for the sink. Returns false where the shape needs the simple kernel
 /// (any_transform.cuh).
 inline bool plan_transform(TransformPlan& p, const HadamardMatrix& m, int64_t rows, int64_t n, int64_t inner,
-                           int parts_of_element, int64_t slots_per_row, int slot_bytes) {
+                           int operands, int64_t slots_per_row, int slot_bytes) {
   const DeviceLimits device = device_limits();
   int power = 0;
   while (m.factor_order << power < m.size) ++power;
@@ -97,6 +102,48 @@ inline bool plan_transform(TransformPlan& p, const HadamardMatrix& m, int64_t ro
   p.strided_bits = inner > 1 ? bits : bits > kColumnBits ? bits - kColumnBits : 0;
   const int stride = inner > 1 && bits > 0 ? static_cast<int>(inner) : kWarpColumns;
 
+  p.row_tiles = static_cast<int>(ceil_div(p.order, kMmaRows));
+  p.row_chunks = FastDiv(p.n / kChunk);
+  p.segment_chunks = FastDiv(static_cast<int>(segment / kChunk));
+  p.block_chunks = FastDiv(static_cast<int>(segment / kChunk) * p.order);
+  p.stride_chunks = FastDiv(stride / kChunk);
+
+  /// Lays out tiles of `columns` columns with operands_at_once operands; whether they fit.
+  const auto fit = [&](int tile_rows, int columns, int parts, int operands_at_once) {
+    p.tile_rows = tile_rows;
+    p.tiles = ceil_div(rows, tile_rows);
+    p.columns = columns;
+    p.column_tiles = static_cast<int>(ceil_div(columns, kWarpColumns));
+    p.pitch16 = p.pitch32 = p.column_tiles * kWarpColumns + kChunk;
+    p.group_tiles = parts < p.row_tiles ? 2 : 1;
+    const int groups = static_cast<int>(ceil_div(p.row_tiles, p.group_tiles));
+    p.part_groups = p.part_is_block ? groups : static_cast<int>(ceil_div(groups, parts));
+    p.parts = p.part_is_block ? parts : static_cast<int>(ceil_div(groups, p.part_groups));
+    const int part_rows = p.part_groups * p.group_tiles * kMmaRows;
+    const int part_order = part_rows < p.order ? part_rows : p.order;
+    const int items = p.part_groups * p.column_tiles;
+    p.threads = items * kWarp < kMaxTransformThreads ? items * kWarp : kMaxTransformThreads;
+    const bool one_item = items * kWarp == p.threads;
+    if (part_order * columns / kChunk > p.threads * kThreadChunks || (p.reload && !one_item)) return false;
+
+    const int signs_bytes = p.row_tiles * p.row_tiles * kWarp * static_cast<int>(sizeof(uint4));
+    const int in_bytes = operands_at_once * p.row_tiles * kMmaRows * p.pitch16 * 2;
+    const int out_bytes = part_order * p.pitch32 * 4;
+    const int slots_bytes = round_up(static_cast<int>(tile_rows * slots_per_row) * slot_bytes, 16);
+    const int apart = signs_bytes + in_bytes + out_bytes + slots_bytes;
+    const int overlaid = signs_bytes + (in_bytes > out_bytes ? in_bytes : out_bytes) + slots_bytes;
+    const auto blocks = [&](int bytes) { return device.processor_shared_bytes / (bytes + kReservedSharedBytes); };
+    // Apart, the next tile is loaded early; overlaid, more blocks hide each other's loads: two of them do.
+    const bool may_overlay = one_item && (p.parts == 1 || p.reload);
+    p.overlay = may_overlay && (p.reload || apart > device.block_shared_bytes || (blocks(apart) < 2 && blocks(overlaid) >= 2));
+    p.shared_bytes = p.overlay ? overlaid : apart;
+    p.in_at = signs_bytes;
+    p.out_at = p.overlay ? signs_bytes : signs_bytes + in_bytes;
+    p.slots_at = p.shared_bytes - slots_bytes;
+    return p.shared_bytes <= device.block_shared_bytes;
+  };
+
+  // Whole tiles at once; or, of one row that is one block, some rows of F^T at a time.
   const int row_columns = static_cast<int>(n / p.order);
   int tile_rows = kTileColumns / row_columns;
   const int64_t fair = ceil_div(rows, device.processors);  // rows a tile, so that all processors work
@@ -104,53 +151,25 @@ inline bool plan_transform(TransformPlan& p, const HadamardMatrix& m, int64_t ro
   if (p.order > kWarpRows * 2 && tile_rows < 2) tile_rows = 2;  // two rows share the reads of a large F
   if (tile_rows > rows) tile_rows = static_cast<int>(rows);
   if (tile_rows < 1) tile_rows = 1;
+  p.part_is_block = p.reload = false;
+  p.operand_loads = 1;
+  for (; tile_rows > 1; tile_rows /= 2) {
+    if (fit(tile_rows, tile_rows * row_columns, 1, operands)) return true;
+  }
+  const int most_parts = row_columns == segment ? p.row_tiles : 1;
+  for (int parts = 1; parts <= most_parts; ++parts) {
+    if (fit(1, row_columns, parts, operands)) return true;
+  }
 
-  p.row_tiles = static_cast<int>(ceil_div(p.order, kMmaRows));
-  const int signs_bytes = p.row_tiles * p.row_tiles * kWarp * static_cast<int>(sizeof(uint4));
-  for (; tile_rows >= 1; tile_rows = tile_rows > 1 ? tile_rows / 2 : 0) {
-    p.tile_rows = tile_rows;
-    p.columns = tile_rows * row_columns;
-    p.column_tiles = static_cast<int>(ceil_div(p.columns, kWarpColumns));
-    p.pitch16 = p.column_tiles * kWarpColumns + kChunk;
-    p.pitch32 = p.pitch16;
-    const int in_bytes = parts_of_element * p.row_tiles * kMmaRows * p.pitch16 * 2;
-    const int slots_bytes = round_up(static_cast<int>(tile_rows * slots_per_row) * slot_bytes, 16);
-    for (int parts = 1; parts <= p.row_tiles; ++parts) {
-      // Several parts, or units of several chunks, must not mix blocks: their order in memory is by block.
-      if (parts > 1 && p.columns != segment) break;
-      p.group_tiles = parts < p.row_tiles ? 2 : 1;
-      const int groups = static_cast<int>(ceil_div(p.row_tiles, p.group_tiles));
-      p.part_groups = static_cast<int>(ceil_div(groups, parts));
-      p.parts = static_cast<int>(ceil_div(groups, p.part_groups));
-      const int items = p.part_groups * p.column_tiles;
-      const int part_rows = p.part_groups * p.group_tiles * kMmaRows;
-      const int part_order = part_rows < p.order ? part_rows : p.order;
-      const int chunks = part_order * p.columns / kChunk;
-      int threads = items * kWarp;
-      if (threads > kMaxTransformThreads) threads = kMaxTransformThreads;
-      if (chunks > threads * kThreadChunks) continue;
-      const int out_bytes = part_order * p.pitch32 * 4;
-      const bool may_overlay = p.parts == 1 && items * kWarp <= kMaxTransformThreads;
-      const int apart = signs_bytes + in_bytes + out_bytes + slots_bytes;
-      const int overlaid = signs_bytes + (in_bytes > out_bytes ? in_bytes : out_bytes) + slots_bytes;
-      const auto blocks = [&](int bytes) { return device.processor_shared_bytes / (bytes + kReservedSharedBytes); };
-      // Apart, the next tile is loaded early; overlaid, more blocks hide each other's loads. Two blocks do.
-      const bool overlay =
-          may_overlay && (apart > device.block_shared_bytes || (blocks(apart) < 2 && blocks(overlaid) >= 2));
-      p.shared_bytes = overlay ? overlaid : apart;
-      if (p.shared_bytes > device.block_shared_bytes) continue;
-      p.prefetch = !overlay;
-      p.in_at = signs_bytes;
-      p.out_at = overlay ? signs_bytes : signs_bytes + in_bytes;
-      p.slots_at = p.shared_bytes - slots_bytes;
-      p.threads = threads;
-      p.tiles = ceil_div(rows, tile_rows);
-      p.row_chunks = FastDiv(p.n / kChunk);
-      p.segment_chunks = FastDiv(static_cast<int>(segment / kChunk));
-      p.block_chunks = FastDiv(static_cast<int>(segment / kChunk) * p.order);
-      p.stride_chunks = FastDiv(stride / kChunk);
-      return true;
+  // Rows that have to be read several times.
+  p.reload = true;
+  p.part_is_block = row_columns != segment;
+  const int blocks = static_cast<int>(row_columns / segment);
+  for (p.operand_loads = 1; p.operand_loads <= operands; p.operand_loads += operands - 1) {
+    for (int parts = blocks; parts <= (p.part_is_block ? blocks : p.row_tiles); ++parts) {
+      if (fit(1, static_cast<int>(segment), parts, operands / p.operand_loads)) return true;
     }
+    if (operands == 1) break;
   }
   return false;
 }
@@ -212,33 +231,35 @@ __device__ void make_signs(const TransformPlan& p, uint4* signs) {
 // ---- Steps -----------------------------------------------------------------------------------------------------------------
 
 /// Zeros in the rows of `in` beyond the order.
-template <int kParts>
-__device__ __forceinline__ void clear_padding(const TransformPlan& p, uint16_t* in) {
+__device__ __forceinline__ void clear_padding(const TransformPlan& p, uint16_t* in, int operands) {
   const int rows = p.row_tiles * kMmaRows - p.order, width = p.pitch16 / kChunk;
   if (rows == 0) return;
-  for (int part = 0; part < kParts; ++part) {
-    auto* first = reinterpret_cast<uint4*>(in + (part * p.row_tiles * kMmaRows + p.order) * p.pitch16);
+  for (int o = 0; o < operands; ++o) {
+    auto* first = reinterpret_cast<uint4*>(in + (o * p.row_tiles * kMmaRows + p.order) * p.pitch16);
     for (int i = threadIdx.x; i < rows * width; i += blockDim.x) first[i] = {0, 0, 0, 0};
   }
 }
 
-/// Loads tile `tile` into `in`. Source: load(row, column) -> Raw in flight; put(raw, destination, distance of the parts), or copy(...).
+/// Loads tile `tile` into `in`: all of it, or one block (block >= 0); all operands, or one (operand >= 0).
 template <class Source>
-__device__ __forceinline__ void load_tile(const TransformPlan& p, const Source& source, int64_t tile, uint16_t* in) {
+__device__ __forceinline__ void load_tile(const TransformPlan& p, const Source& source, int64_t tile, uint16_t* in,
+                                          int block = -1, int operand = -1) {
   const int64_t first_row = tile * p.tile_rows;
   const int rows = static_cast<int>(min(static_cast<int64_t>(p.tile_rows), p.rows - first_row));
-  const int chunks = rows * p.row_chunks.divisor();
+  const int chunks = block < 0 ? rows * p.row_chunks.divisor() : p.block_chunks.divisor();
+  const int first_column = block < 0 ? 0 : block * p.block_chunks.divisor() * kChunk;
   const int distance = p.row_tiles * kMmaRows * p.pitch16;
   const auto target = [&](int e) {
     const Position at = position_of(p, e);
     return in + at.row * p.pitch16 + at.column;
   };
-  if constexpr (Source::kParts == 1) {
+  if constexpr (Source::kOperands == 1) {
     for (int e = threadIdx.x; e < chunks; e += blockDim.x) {
       const int row = p.row_chunks(e);
-      const int column = (e - row * p.row_chunks.divisor()) * kChunk;
+      const int column = (e - row * p.row_chunks.divisor()) * kChunk + first_column;
       cp_async_16(shared_address(target(e)), source.address(first_row + row, column));
     }
+    clear_padding(p, in, 1);
   } else {
     constexpr int kInFlight = Source::kInFlight < 4 ? Source::kInFlight : 4;
     for (int first = threadIdx.x; first < chunks; first += kInFlight * static_cast<int>(blockDim.x)) {
@@ -248,7 +269,7 @@ __device__ __forceinline__ void load_tile(const TransformPlan& p, const Source& 
         const int e = first + i * static_cast<int>(blockDim.x);
         if (e >= chunks) continue;
         const int row = p.row_chunks(e);
-        raw[i] = source.load(first_row + row, (e - row * p.row_chunks.divisor()) * kChunk);
+        raw[i] = source.load(first_row + row, (e - row * p.row_chunks.divisor()) * kChunk + first_column);
       }
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
@@ -259,7 +280,7 @@ __device__ __forceinline__ void load_tile(const TransformPlan& p, const Source& 
         uint16_t* to = target(e);
         // v = bf16 + bf16 + bf16, exactly: 24 bits are three times 8.
 #pragma unroll
-        for (int part = 0; part < Source::kParts; ++part, to += distance) {
+        for (int o = 0; o < Source::kOperands; ++o) {
           uint32_t w[4];
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
@@ -267,39 +288,44 @@ __device__ __forceinline__ void load_tile(const TransformPlan& p, const Source& 
             v[2 * j] -= bf16_low(w[j]);
             v[2 * j + 1] -= bf16_high(w[j]);
           }
-          *reinterpret_cast<uint4*>(to) = {w[0], w[1], w[2], w[3]};
+          if (operand < 0 || operand == o) {
+            *reinterpret_cast<uint4*>(to) = {w[0], w[1], w[2], w[3]};
+            to += distance;
+          }
         }
       }
     }
+    clear_padding(p, in, operand < 0 ? Source::kOperands : 1);
   }
-  clear_padding<Source::kParts>(p, in);
 }
 
-/// sum[row tile][columns of 8][fragment] = two row tiles of F^T times 64 columns of `in`.
-template <DType kOperand, int kParts>
-__device__ __forceinline__ void multiply(float (&sum)[2][8][4], const TransformPlan& p, const uint4* signs,
-                                         const uint16_t* in, int group, int column_tile) {
-  const int lane = threadIdx.x % kWarp;
+__device__ __forceinline__ void clear_sums(float (&sum)[2][8][4]) {
 #pragma unroll
   for (int m = 0; m < 2; ++m)
 #pragma unroll
     for (int c = 0; c < 8; ++c)
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum[m][c][i] = 0.0f;
+}
 
+/// sum[row tile][columns of 8][fragment] += two row tiles of F^T times 64 columns of `in`.
+template <DType kOperand, int kOperands>
+__device__ __forceinline__ void multiply(float (&sum)[2][8][4], const TransformPlan& p, const uint4* signs,
+                                         const uint16_t* in, int group, int column_tile) {
+  const int lane = threadIdx.x % kWarp;
   const int row_tile = group * p.group_tiles;
   const bool two = p.group_tiles == 2 && row_tile + 1 < p.row_tiles;
   const uint4* a = signs + row_tile * p.row_tiles * kWarp + lane;
   // The address of the row that this lane gives to ldmatrix: depths 0-7 and 8-15 of 8 columns, then of the next 8.
   const uint32_t row = shared_address(in + lane % 16 * p.pitch16 + column_tile * kWarpColumns + lane / 16 * kMmaColumns);
-  const uint32_t part_bytes = static_cast<uint32_t>(p.row_tiles * kMmaRows * p.pitch16) * 2;
+  const uint32_t operand_bytes = static_cast<uint32_t>(p.row_tiles * kMmaRows * p.pitch16) * 2;
   for (int depth = 0; depth < p.row_tiles; ++depth) {
     const uint4 a0 = a[depth * kWarp];
     const uint4 a1 = two ? a[(p.row_tiles + depth) * kWarp] : uint4{0, 0, 0, 0};
 #pragma unroll
-    for (int part = kParts - 1; part >= 0; --part) {  // the small ones first
+    for (int o = kOperands - 1; o >= 0; --o) {  // the small ones first
       const uint32_t from =
-          row + static_cast<uint32_t>(part) * part_bytes + static_cast<uint32_t>(depth * kMmaDepth * p.pitch16) * 2;
+          row + static_cast<uint32_t>(o) * operand_bytes + static_cast<uint32_t>(depth * kMmaDepth * p.pitch16) * 2;
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         uint32_t b[4];
@@ -366,19 +392,25 @@ __device__ __forceinline__ void put_sums(const TransformPlan& p, float* out, con
   }
 }
 
-/// A thread's chunks after the transform: chunk i is chunk e[i] of the tile, or nothing where e[i] < 0.
+/// A thread's chunks after the transform: chunk i is chunk index(i) of the tile, or nothing (then zeros) where that is < 0.
 struct ThreadChunks {
   float v[kThreadChunks][kChunk];
-  int e[kThreadChunks];
+  uint32_t indices[kThreadChunks / 2];  // 16 bits each: registers are short, and a tile has at most 2^16 elements
+
+  __device__ __forceinline__ int index(int i) const {
+    return static_cast<int16_t>(indices[i / 2] >> (i % 2 * 16));
+  }
+  __device__ __forceinline__ void set_index(int i, int e) {
+    const uint32_t bits = static_cast<uint32_t>(e) & 0xffffu;
+    indices[i / 2] = i % 2 == 0 ? bits : indices[i / 2] | bits << 16;
+  }
 };
 
-/// Reads this thread's chunks of a part and does the butterflies that are left. Chunks that a strided bit joins are
-/// neighbours in a thread: a unit of 2^strided_bits.
-__device__ __forceinline__ void take_chunks(ThreadChunks& t, const TransformPlan& p, const float* out, int first_row,
-                                            int part_rows) {
+/// Reads this thread's chunks of a part, which has `chunks` of them, and does the butterflies that are left. The part starts
+/// at chunk first_chunk of the tile. Chunks that a strided bit joins are neighbours in a thread: a unit of 2^strided_bits.
+__device__ __forceinline__ void take_chunks(ThreadChunks& t, const TransformPlan& p, const float* out, int chunks,
+                                            int first_chunk) {
   const int mask = (1 << p.strided_bits) - 1;
-  // In a part, chunks are counted from the part's first row; columns of several blocks come with parts == 1 only.
-  const int chunks = p.parts == 1 ? p.columns / kChunk * p.order : part_rows * p.segment_chunks.divisor();
   const int units = chunks >> p.strided_bits;
   const int stride = p.stride_chunks.divisor();
   int e = -1;
@@ -394,7 +426,7 @@ __device__ __forceinline__ void take_chunks(ThreadChunks& t, const TransformPlan
       e = e < 0 ? -1 : e + stride;
       at.column += stride * kChunk;
     }
-    t.e[i] = e < 0 ? -1 : e + first_row * p.segment_chunks.divisor();
+    t.set_index(i, e < 0 ? -1 : e + first_chunk);
     if (e >= 0) {
       const float* from = out + at.row * p.pitch32;
       const float4 a = *reinterpret_cast<const float4*>(from + out_column(at.column));
@@ -429,11 +461,39 @@ __device__ __forceinline__ void take_chunks(ThreadChunks& t, const TransformPlan
   }
 }
 
+/// One part of a tile that does not fit: loads what it needs, operand by operand, and multiplies. Every warp has at
+/// most one item. Starts and ends anywhere between barriers; `out` is complete after the next one.
+template <class Source>
+__device__ __forceinline__ void reload_and_multiply(const TransformPlan& p, const Source& source, const uint4* signs,
+                                                 uint16_t* in, float* out, int64_t tile, int part, int first_group) {
+  const int item = threadIdx.x / kWarp;
+  const int group = first_group + item / p.column_tiles, column_tile = item % p.column_tiles;
+  const bool active = group * p.group_tiles < p.row_tiles;
+  float sum[2][8][4];
+  clear_sums(sum);
+  for (int load = 0; load < p.operand_loads; ++load) {
+    __syncthreads();
+    const int operand = p.operand_loads == 1 ? -1 : p.operand_loads - 1 - load;  // the small ones first
+    load_tile(p, source, tile, in, p.part_is_block ? part : -1, operand);
+    cp_async_wait_all();
+    __syncthreads();
+    if (!active) continue;
+    if (p.operand_loads == 1) {
+      multiply<Source::kOperand, Source::kOperands>(sum, p, signs, in, group, column_tile);
+    } else {
+      multiply<Source::kOperand, 1>(sum, p, signs, in, group, column_tile);
+    }
+  }
+  butterflies_in_sums(sum, p.column_bits);
+  if (p.overlay) __syncthreads();
+  if (active) put_sums(p, out, sum, group, column_tile, first_group * p.group_tiles * kMmaRows);
+}
+
 // ---- The kernel ---------------------------------------------------------------------------------------------------------
 
-/// Source: kOperand, kParts; address(row, column) for kParts == 1, else Raw, load, values (load_tile).
-/// Sink: kPasses(parts) passes over the parts; start(plan), take(chunks, pass, rows' first element), finish as used below.
-template <class Source, class Sink>
+/// kReload = p.reload. Source: kOperand, kOperands; address(row, column) where kOperands == 1, else Raw, load, values (load_tile).
+/// Sink: passes(parts) over the parts; start(plan, slots); take(plan, chunks, slots, tile, pass).
+template <class Source, class Sink, bool kReload>
 __global__ void __launch_bounds__(kMaxTransformThreads)
     transform_kernel(const __grid_constant__ TransformPlan p, const Source source, const Sink sink) {
   unsigned char* shared = dynamic_shared();
@@ -443,43 +503,61 @@ __global__ void __launch_bounds__(kMaxTransformThreads)
   auto* slots = reinterpret_cast<int*>(shared + p.slots_at);
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int items = p.part_groups * p.column_tiles;
+  const int part_rows = p.part_groups * p.group_tiles * kMmaRows;
 
   int64_t tile = blockIdx.x;
-  load_tile(p, source, tile, in);
+  if (!kReload) load_tile(p, source, tile, in);
   make_signs<Source::kOperand>(p, signs);
   sink.start(p, slots);
 
   for (; tile < p.tiles; tile += gridDim.x) {
-    cp_async_wait_all();
-    __syncthreads();
     const int passes = sink.passes(p.parts);
     for (int pass = 0; pass < passes; ++pass) {
-      const int first_group = pass % p.parts * p.part_groups;
+      const int part = pass % p.parts;
+      const int first_group = p.part_is_block ? 0 : part * p.part_groups;
       const int first_row = first_group * p.group_tiles * kMmaRows;
-      const int part_rows = min(p.part_groups * p.group_tiles * kMmaRows, p.order - first_row);
-      if (pass > 0) __syncthreads();  // all have taken the chunks of the part before
-      for (int item = warp; item < items; item += warps) {
-        const int group = first_group + item / p.column_tiles, column_tile = item % p.column_tiles;
-        if (group * p.group_tiles >= p.row_tiles) break;
-        float sum[2][8][4];
-        multiply<Source::kOperand, Source::kParts>(sum, p, signs, in, group, column_tile);
-        butterflies_in_sums(sum, p.column_bits);
-        if (!p.prefetch) __syncthreads();  // `out` lies over `in`; then every warp has one item
-        put_sums(p, out, sum, group, column_tile, first_row);
+      if constexpr (kReload) {
+        reload_and_multiply(p, source, signs, in, out, tile, part, first_group);
+      } else {
+        if (pass == 0) cp_async_wait_all();
+        __syncthreads();  // `in` is there, and all have taken the chunks of the part before
+        for (int item = warp; item < items; item += warps) {
+          const int group = first_group + item / p.column_tiles, column_tile = item % p.column_tiles;
+          if (group * p.group_tiles >= p.row_tiles) break;
+          float sum[2][8][4];
+          clear_sums(sum);
+          multiply<Source::kOperand, Source::kOperands>(sum, p, signs, in, group, column_tile);
+          butterflies_in_sums(sum, p.column_bits);
+          if (p.overlay) __syncthreads();  // then every warp has one item
+          put_sums(p, out, sum, group, column_tile, first_row);
+        }
       }
       __syncthreads();
-      if (p.prefetch && pass == passes - 1 && tile + gridDim.x < p.tiles) {
+      const bool more = !kReload && pass == passes - 1 && tile + gridDim.x < p.tiles;
+      if (more && !p.overlay) load_tile(p, source, tile + gridDim.x, in);
+
+      const int rows = min(part_rows, p.order - first_row);
+      const int chunks = p.part_is_block  ? p.block_chunks.divisor()
+                         : p.parts > 1    ? rows * p.segment_chunks.divisor()
+                                          : p.columns / kChunk * p.order;
+      const int first_chunk =
+          p.part_is_block ? part * p.block_chunks.divisor() : first_row * p.segment_chunks.divisor();
+      ThreadChunks t;
+      take_chunks(t, p, out, chunks, first_chunk);
+      sink.take(p, t, slots, tile, pass);
+      if (more && p.overlay) {
+        __syncthreads();
         load_tile(p, source, tile + gridDim.x, in);
       }
-      ThreadChunks chunks;
-      take_chunks(chunks, p, out, first_row, part_rows);
-      sink.take(p, chunks, slots, tile, pass);
-    }
-    if (!p.prefetch && tile + gridDim.x < p.tiles) {
-      __syncthreads();  // `in` lies over `out`
-      load_tile(p, source, tile + gridDim.x, in);
     }
   }
+}
+
+/// Runs a planned transform.
+template <class Source, class Sink>
+void launch_transform(const TransformPlan& p, const Source& source, const Sink& sink, Stream stream) {
+  const auto kernel = p.reload ? &transform_kernel<Source, Sink, true> : &transform_kernel<Source, Sink, false>;
+  launch(kernel, persistent_blocks(p), p.threads, p.shared_bytes, stream, p, source, sink);
 }
 
 }  // namespace quarot::cuda
