@@ -341,6 +341,16 @@ __device__ __forceinline__ void multiply(float (&sum)[2][8][4], const TransformP
   }
 }
 
+/// The butterflies to do, as in TransformPlan.
+struct StageBits {
+  int column, strided;
+};
+constexpr int kAnyBits = -1;
+/// Those of H_2^s where inner = 1.
+__host__ __device__ constexpr StageBits stage_bits(int column_bits) {
+  return {column_bits, column_bits > kColumnBits ? column_bits - kColumnBits : 0};
+}
+
 __device__ __forceinline__ void butterfly(float& a, float& b) {
   const float t = a;
   a = t + b;
@@ -408,19 +418,19 @@ struct ThreadChunks {
 
 /// Reads this thread's chunks of a part, which has `chunks` of them, and does the butterflies that are left. The part starts
 /// at chunk first_chunk of the tile. Chunks that a strided bit joins are neighbours in a thread: a unit of 2^strided_bits.
-__device__ __forceinline__ void take_chunks(ThreadChunks& t, const TransformPlan& p, const float* out, int chunks,
-                                            int first_chunk) {
-  const int mask = (1 << p.strided_bits) - 1;
-  const int units = chunks >> p.strided_bits;
+__device__ __forceinline__ void take_chunks(ThreadChunks& t, const TransformPlan& p, const StageBits& bits, const float* out,
+                                            int chunks, int first_chunk) {
+  const int mask = (1 << bits.strided) - 1;
+  const int units = chunks >> bits.strided;
   const int stride = p.stride_chunks.divisor();
   int e = -1;
   Position at{0, 0};
 #pragma unroll
   for (int i = 0; i < kThreadChunks; ++i) {
     if ((i & mask) == 0) {
-      const int unit = static_cast<int>(threadIdx.x) + (i >> p.strided_bits) * static_cast<int>(blockDim.x);
+      const int unit = static_cast<int>(threadIdx.x) + (i >> bits.strided) * static_cast<int>(blockDim.x);
       const int major = p.stride_chunks(unit);
-      e = unit < units ? (major << p.strided_bits) * stride + unit - major * stride : -1;
+      e = unit < units ? (major << bits.strided) * stride + unit - major * stride : -1;
       if (e >= 0) at = position_of(p, e);
     } else {
       e = e < 0 ? -1 : e + stride;
@@ -437,20 +447,20 @@ __device__ __forceinline__ void take_chunks(ThreadChunks& t, const TransformPlan
 #pragma unroll
       for (int j = 0; j < kChunk; ++j) t.v[i][j] = 0.0f;
     }
-    if (p.column_bits > 1) {
+    if (bits.column > 1) {
       butterfly(t.v[i][0], t.v[i][2]);
       butterfly(t.v[i][1], t.v[i][3]);
       butterfly(t.v[i][4], t.v[i][6]);
       butterfly(t.v[i][5], t.v[i][7]);
     }
-    if (p.column_bits > 2) {
+    if (bits.column > 2) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) butterfly(t.v[i][j], t.v[i][j + 4]);
     }
   }
 #pragma unroll
   for (int bit = 0; bit < kStridedBits; ++bit) {
-    if (p.strided_bits > bit) {
+    if (bits.strided > bit) {
 #pragma unroll
       for (int i = 0; i < kThreadChunks; ++i) {
         if ((i >> bit & 1) != 0) continue;
@@ -491,11 +501,12 @@ __device__ __forceinline__ void reload_and_multiply(const TransformPlan& p, cons
 
 // ---- The kernel ---------------------------------------------------------------------------------------------------------
 
-/// kReload = p.reload. Source: kOperand, kOperands; address(row, column) where kOperands == 1, else Raw, load, values (load_tile).
+/// kBits = p.column_bits, or kAnyBits: stages behind a branch cost as many moves as additions. kReload = p.reload. Source: kOperand, kOperands; address(row, column) where kOperands == 1, else Raw, load, values (load_tile).
 /// Sink: passes(parts) over the parts; start(plan, slots); take(plan, chunks, slots, tile, pass).
-template <class Source, class Sink, bool kReload>
+template <class Source, class Sink, int kBits, bool kReload>
 __global__ void __launch_bounds__(kMaxTransformThreads)
     transform_kernel(const __grid_constant__ TransformPlan p, const Source source, const Sink sink) {
+  const StageBits bits = kBits == kAnyBits ? StageBits{p.column_bits, p.strided_bits} : stage_bits(kBits);
   unsigned char* shared = dynamic_shared();
   auto* signs = reinterpret_cast<uint4*>(shared);
   auto* in = reinterpret_cast<uint16_t*>(shared + p.in_at);
@@ -527,7 +538,7 @@ __global__ void __launch_bounds__(kMaxTransformThreads)
           float sum[2][8][4];
           clear_sums(sum);
           multiply<Source::kOperand, Source::kOperands>(sum, p, signs, in, group, column_tile);
-          butterflies_in_sums(sum, p.column_bits);
+          butterflies_in_sums(sum, bits.column);
           if (p.overlay) __syncthreads();  // then every warp has one item
           put_sums(p, out, sum, group, column_tile, first_row);
         }
@@ -543,7 +554,7 @@ __global__ void __launch_bounds__(kMaxTransformThreads)
       const int first_chunk =
           p.part_is_block ? part * p.block_chunks.divisor() : first_row * p.segment_chunks.divisor();
       ThreadChunks t;
-      take_chunks(t, p, out, chunks, first_chunk);
+      take_chunks(t, p, bits, out, chunks, first_chunk);
       sink.take(p, t, slots, tile, pass);
       if (more && p.overlay) {
         __syncthreads();
@@ -556,8 +567,24 @@ __global__ void __launch_bounds__(kMaxTransformThreads)
 /// Runs a planned transform.
 template <class Source, class Sink>
 void launch_transform(const TransformPlan& p, const Source& source, const Sink& sink, Stream stream) {
-  const auto kernel = p.reload ? &transform_kernel<Source, Sink, true> : &transform_kernel<Source, Sink, false>;
-  launch(kernel, persistent_blocks(p), p.threads, p.shared_bytes, stream, p, source, sink);
+  const auto run = [&](auto kernel) {
+    launch(kernel, persistent_blocks(p), p.threads, p.shared_bytes, stream, p, source, sink);
+  };
+  if (p.reload) return run(&transform_kernel<Source, Sink, kAnyBits, true>);
+  if (p.strided_bits == stage_bits(p.column_bits).strided) {
+    switch (p.column_bits) {
+      case 0: return run(&transform_kernel<Source, Sink, 0, false>);
+      case 3: return run(&transform_kernel<Source, Sink, 3, false>);
+      case 4: return run(&transform_kernel<Source, Sink, 4, false>);
+      case 5: return run(&transform_kernel<Source, Sink, 5, false>);
+      case 6: return run(&transform_kernel<Source, Sink, 6, false>);
+      case 7: return run(&transform_kernel<Source, Sink, 7, false>);
+      case 8: return run(&transform_kernel<Source, Sink, 8, false>);
+      case 9: return run(&transform_kernel<Source, Sink, 9, false>);
+      default: break;
+    }
+  }
+  run(&transform_kernel<Source, Sink, kAnyBits, false>);
 }
 
 }  // namespace quarot::cuda
