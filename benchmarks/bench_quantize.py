@@ -1,4 +1,4 @@
-"""ops.quantize and the fused quantizers against a copy of the same bytes and the unfused sequence in torch.
+"""ops.quantize and the fused quantizers against a copy and the unfused sequence in torch.
 
 Bound: memory; each input element is read once, each code written once.
 
@@ -20,7 +20,7 @@ from quarot.ops import reference
 SIZES = [4096, 11008, 14336]
 HEAD_DIM = 128
 
-# name -> (elements read for each code, the op on x [rows, that many * n]); None = the largest transform.
+# name -> (elements read for each code, the op on x [rows, that many * n]).
 OPS: dict[str, tuple[int, Callable[..., reference.Quantized]]] = {
     "quantize": (1, lambda f, x, **o: f.quantize(x, **o)),
     "rmsnorm_quantize": (1, lambda f, x, **o: f.rmsnorm_quantize(x, **o)),
