@@ -37,6 +37,7 @@ struct RmsnormSource : RowSource<kDtype> {
   float eps;
 
   static constexpr bool kNormalised = true;
+  static constexpr int kInFlight = 4;  // 8 would spill
 
   __device__ __forceinline__ float inverse_norm(float squares, int n) const {
     return __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(squares, static_cast<float>(n)) + eps));
