@@ -172,7 +172,7 @@ def _converted(model: Any, preset: str | None, seed: int, backend: str) -> Any:
         )
     if preset is None or preset == NO_PRESET:
         return model.eval()
-    return convert_model(model, preset, seed=seed, backend=backend)
+    return convert_model(model, preset, seed=seed, backend=backend, progress=sys.stderr.isatty())
 
 
 def _quarot_config(model: Any) -> QuarotConfig | None:
