@@ -164,6 +164,7 @@ def test_refuses_weights_that_are_not_finite(value, clip_search):
         (torch.zeros(4, 64, dtype=torch.int8), {}, "^w: got torch.int8"),
         (torch.zeros(4, 64), {"group": 48}, "^group: got 48 for 64"),
         (torch.zeros(4, 64), {"group": -1}, "^group: got -1"),
+        (torch.zeros(4, 64), {"weights": torch.ones(32)}, r"^weights: got \[32\].*\[64\]"),
     ],
 )
 def test_refusals_name_the_argument(w, options, message):
