@@ -269,10 +269,16 @@ def test_configs_of_another_format(checkpoint, nothing_is_built, field, value, m
         load(checkpoint)
 
 
-def test_config_without_dtype(checkpoint, nothing_is_built):
-    edit(checkpoint, lambda config: config.pop("dtype"))
-    with pytest.raises(ValueError, match="no dtype"):
+@pytest.mark.parametrize("dtype", [None, "float64"])
+def test_config_without_a_dtype_of_ours(checkpoint, nothing_is_built, dtype):
+    edit(checkpoint, lambda config: config.update(dtype=dtype))
+    with pytest.raises(ValueError, match="dtype"):
         quarot.load(checkpoint)
+
+
+def test_dtype_that_no_kernel_computes_in(checkpoint, nothing_is_built):
+    with pytest.raises(ValueError, match="dtype: got torch.float64"):
+        quarot.load(checkpoint, dtype=torch.float64)
 
 
 def edit(folder, change):
