@@ -23,8 +23,7 @@
 
 namespace quarot::testing {
 
-// ---- Tests and checks
-// ----------------------------------------------------------------------------
+// ---- Tests and checks ---------------------------------------------------------------------------
 
 struct Test {
   const char* name;
@@ -73,11 +72,10 @@ template <class... Parts>
     CHECK(message.find(text) != std::string::npos, "threw '", message, "', not '", text, "'"); \
   } while (false)
 
-// ---- Memory
-// ----------------------------------------------------------------------------------------
+// ---- Memory -------------------------------------------------------------------------------------
 
 /// An array between two runs of poison: writing there fails `check_poison`, and under ASan touching
-/// it ends the program. `align` bytes off a 64-byte boundary, because kernels may not assume one.
+/// it ends the program.
 template <class T>
 class Guarded {
  public:
@@ -125,8 +123,7 @@ class Guarded {
   std::vector<char> memory_;
 };
 
-// ---- Threads
-// -----------------------------------------------------------------------------------------
+// ---- Threads ------------------------------------------------------------------------------------
 
 /// One thread; the tasks in descending order, which no kernel may notice.
 inline Executor serial() {
@@ -149,8 +146,7 @@ inline Executor threaded(int threads) {
           }};
 }
 
-// ---- ISA variants
-// --------------------------------------------------------------------------------------
+// ---- ISA variants -------------------------------------------------------------------------------
 
 /// The variants that can run here; the first is baseline.
 inline std::vector<cpu::Isa> available_isas() {
@@ -171,8 +167,7 @@ inline std::vector<cpu::Isa> available_isas() {
 #define VARIANT(isa, kernel) (&::quarot::cpu::baseline::kernel)
 #endif
 
-// ---- Numbers
-// -------------------------------------------------------------------------------------------
+// ---- Numbers ------------------------------------------------------------------------------------
 
 /// Reproducible random numbers.
 class Random {
