@@ -28,6 +28,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -479,9 +480,10 @@ def demo(
 
 
 def _print_demo(about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    table = Table("preset")
-    for heading in ("perplexity", "KL", "same top token", "linears MB", "KV B/token", "tokens/s"):
-        table.add_column(heading, justify="right")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))  # narrow: 80 columns hold it
+    table.add_column("preset", no_wrap=True)
+    for heading in ("perplexity", "KL", "top-1", "linears MB", "KV B/token", "tokens/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         compared = row["kld_mean"] is not None
         table.add_row(
@@ -499,8 +501,9 @@ def _print_demo(about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         f"{about['model']}, seed {about['seed']}, {about['windows']} windows of {about['window']} "
         f"tokens of pydoc_data.topics (sha256 {about['text_sha256'][:12]}), on {about['device']} "
         f"({about['cpu_isa']}, {about['threads']} threads), {about['seconds']:.0f} s in all. KL "
-        "(nats) and same top token: against the unquantized model. Linears: the decoder layers', "
-        "as stored. tokens/s: the answer below, prompt included."
+        "(nats) and top-1 (how often the most likely token is the same) are against the "
+        "unquantized model; linears are the decoder layers', as stored; tokens/s is of the answer "
+        "below, prompt included."
     )
     console.print(f"\n[bold]{about['question']}[/bold]")
     for row in rows:
