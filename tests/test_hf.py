@@ -150,6 +150,17 @@ def test_copies_are_independent():
     assert torch.equal(logits(model), expected)
 
 
+def test_casting_a_converted_model():
+    model = converted()
+    scales = [t.clone() for n, t in model.state_dict().items() if n.endswith("weight_scale")]
+    model.to(torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and logits(model).isfinite().all()
+    after = [t for n, t in model.state_dict().items() if n.endswith("weight_scale")]
+    assert all(torch.equal(a, b) for a, b in zip(scales, after, strict=True))
+    with pytest.raises(TypeError, match="float64"):
+        model.double()
+
+
 def test_hidden_states_are_recorded():
     model = converted()
     with torch.no_grad():
