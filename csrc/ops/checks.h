@@ -148,9 +148,9 @@ inline Tensor new_tensor(const Tensor& like, const Sizes& sizes, ScalarType dtyp
   }
   // The shim itself: torch::stable::new_empty looks its op up by name at each call.
   int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dim, sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
       like.get_device_index(), &handle));
@@ -205,7 +205,7 @@ inline RowsOf rows_of(const Tensor& x, int64_t dims, const char* op, const char*
 /// torch's intra-op threads (torch.set_num_threads).
 inline Executor cpu_executor() {
   uint32_t threads = 1;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
   return {static_cast<int>(threads), [](int64_t tasks, Executor::Body body, void* ctx) {
             torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) {
               for (int64_t task = begin; task < end; ++task) body(ctx, task);
@@ -220,8 +220,7 @@ class CudaScope {
     if (aoti_torch_get_current_cuda_stream == nullptr) {
       fail("quarot: this torch has no CUDA, yet a CUDA kernel was called");
     }
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
   }
   Stream stream() const { return stream_; }
 

@@ -57,8 +57,8 @@ class Text {
   std::string_view view() const {
     const char* text = nullptr;
     size_t length = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle_, &text));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle_, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle_, &text));
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle_, &length));
     return {text, length};
   }
 
