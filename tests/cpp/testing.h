@@ -196,17 +196,26 @@ class Random {
   std::mt19937 engine_;
 };
 
-/// fp16 by the compiler's own type.
-inline uint16_t to_f16(float x) {
-  const auto h = static_cast<_Float16>(x);
-  uint16_t bits;
-  std::memcpy(&bits, &h, sizeof bits);
-  return bits;
-}
+/// fp16 by its definition, not by _Float16, which GCC 11 does not have.
 inline float from_f16(uint16_t bits) {
-  _Float16 h;
-  std::memcpy(&h, &bits, sizeof h);
-  return static_cast<float>(h);
+  const int exponent = (bits >> 10) & 31, mantissa = bits & 1023;
+  float magnitude = std::ldexp(static_cast<float>(mantissa), -24);
+  if (exponent == 31) {
+    magnitude = mantissa == 0 ? INFINITY : std::nanf("");
+  } else if (exponent > 0) {
+    magnitude = std::ldexp(static_cast<float>(1024 + mantissa), exponent - 25);
+  }
+  return std::copysign(magnitude, bits >> 15 != 0 ? -1.0f : 1.0f);
+}
+/// To nearest even.
+inline uint16_t to_f16(float x) {
+  const auto sign = static_cast<uint16_t>(std::signbit(x) ? 0x8000 : 0);
+  if (std::isnan(x)) return sign | 0x7e00;
+  const float magnitude = std::abs(x);
+  if (magnitude >= 65520.0f) return sign | 0x7c00;
+  const int exponent = magnitude < 0x1p-14f ? -14 : std::ilogb(magnitude);
+  const float last_places = std::nearbyint(std::ldexp(magnitude, 10 - exponent));
+  return static_cast<uint16_t>(sign + ((exponent + 14) << 10) + static_cast<int>(last_places));
 }
 inline float from_bf16(uint16_t bits) {
   const uint32_t wide = uint32_t{bits} << 16;
