@@ -53,8 +53,8 @@ struct Tile {
 
 // ---- Product of two tiles -----------------------------------------------------------------------
 
-/// Terms of a product that are added one after the other. Longer sums are sums of such parts: in one
-/// chain of 256 the rounding errors were 7 times those of torch.
+/// Terms of a product that are added one after the other; longer sums are sums of such parts. In
+/// one chain of 256 the rounding errors were 7 times those of torch.
 constexpr int64_t kChain = 32;
 
 /// out [R, 16] = (factor ? factor [R] * out : 0) + a [R, depth] * b [depth, 16]; depth >= 1.
