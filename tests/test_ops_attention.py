@@ -65,7 +65,7 @@ def assert_close_to(exact, device, q, cache, lengths, mask=None, *, bits, scale)
     """Compare with float64, by the error of the same formula in torch and q's dtype."""
     actual = attend(ops, device, q, cache, lengths, mask, bits=bits, scale=scale)
     assert actual.dtype == q.dtype and actual.is_contiguous()
-    in_torch = attend(reference, CPU, q, cache, lengths, mask, bits=bits, scale=scale)
+    in_torch = attend(reference, device, q, cache, lengths, mask, bits=bits, scale=scale).cpu()
     assert_accurate(actual, in_torch, exact)
     # Neither may be far off: the rule above would pass if both were.
     limit = 2 * torch.finfo(q.dtype).eps * exact.abs().max().item() + 2e-5

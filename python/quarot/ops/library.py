@@ -42,16 +42,27 @@ def _load() -> None:
 
 
 def _fallback(op: str) -> Callable[..., Any]:
-    """Return the op's reference, called with the schema's arguments, noting its first use."""
+    """Return the op's reference, called with the schema's arguments, noting its first use.
+
+    It raises RuntimeError if the tensors are on several devices, as a kernel does.
+    """
     function = getattr(reference, op)
     names = list(inspect.signature(function).parameters)  # the order of the schema
     noted: set[str] = set()
 
     def run(*args: Any) -> Any:
-        device = args[0].device.type
-        if device not in noted:
-            noted.add(device)
-            _log.warning("quarot::%s has no kernel for %s: its reference runs there", op, device)
+        device = args[0].device
+        for name, value in zip(names, args, strict=True):
+            if isinstance(value, Tensor) and value.device != device:
+                raise RuntimeError(
+                    f"quarot::{op}: {name} must be on the device of {names[0]}, {device}; "
+                    f"got {value.device}"
+                )
+        if device.type not in noted:
+            noted.add(device.type)
+            _log.warning(
+                "quarot::%s has no kernel for %s: its reference runs there", op, device.type
+            )
         return function(**dict(zip(names, args, strict=True)))
 
     return run
