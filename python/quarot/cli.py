@@ -37,8 +37,8 @@ import quarot
 from quarot import _C, data, eval, ops
 from quarot.config import QuarotConfig
 from quarot.convert import convert as convert_model
-from quarot.hf import BACKENDS, load_model
-from quarot.models import ARCHITECTURES, describe
+from quarot.hf import BACKENDS, load_model, weight_bytes
+from quarot.models import ARCHITECTURES
 
 NO_PRESET = "none"
 INTERRUPTED = 130  # exit code by the shells' convention: 128 + SIGINT
@@ -186,22 +186,9 @@ def _preset_name(model: Any) -> str:
     return NO_PRESET if config is None else config.preset
 
 
-def weight_bytes(model: Any) -> int | None:
-    """Return the bytes of the decoder layers' linears as stored: codes and scales, or weights.
-
-    None for an architecture that quarot does not know: such a model can be measured all the same.
-    """
-    if model.config.model_type not in ARCHITECTURES:
-        return None
-    arch = describe(model.config)
-    names = tuple(f"{path}.weight" for path in arch.linears)
-    # A layer at a time: a quantized layer's state_dict is made anew from its kernel buffers.
-    return sum(
-        tensor.nbytes
-        for layer in model.get_submodule(arch.layers)
-        for name, tensor in layer.state_dict().items()
-        if name.startswith(names)
-    )
+def _weight_bytes(model: Any) -> int | None:
+    # None: quarot does not know the architecture; such a model can be measured all the same.
+    return weight_bytes(model) if model.config.model_type in ARCHITECTURES else None
 
 
 def _megabytes(size: int | None) -> str:
@@ -314,7 +301,7 @@ def eval_(
         "preset": _preset_name(loaded),
         "seed": seed if config is None else config.seed,
         **dataclasses.asdict(result),
-        "weight_bytes": weight_bytes(loaded),
+        "weight_bytes": _weight_bytes(loaded),
         "text_sha256": data.sha256(content),
     }
     if as_json:
@@ -455,7 +442,7 @@ def demo(
         row = {
             "preset": preset,
             **dataclasses.asdict(result),
-            "weight_bytes": weight_bytes(form),
+            "weight_bytes": _weight_bytes(form),
             "kv_bytes_per_token": _kv_bytes(form, ids[:1]),
             "tokens_per_second": len(tokens) / seconds,
             "answer": tokenizer.decode(tokens, skip_special_tokens=True).strip(),
