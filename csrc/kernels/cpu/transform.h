@@ -164,7 +164,7 @@ class Transform {
       for (int64_t i = 0; i < n; i += kLanes) store(x + i, butterflies(load(x + i), width));
       stride = width;
     }
-    for (int64_t block = 0; block < n; block += columns) {
+    for (int64_t block = 0; stride < columns && block < n; block += columns) {
       int64_t h = stride;
       if (h % kLanes == 0) {
         for (; h * 4 <= columns; h *= 4) butterfly_two_stages(x + block, columns, h);

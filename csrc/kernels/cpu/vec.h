@@ -13,7 +13,7 @@
 // function of pointers that does a row's work need not be, and should not where many kernels share
 // it.
 //
-// Loads and stores are unaligned. Tails use the same lanes: load_partial fills with zeros.
+// Loads and stores are unaligned. Tails use the same lanes: load_upto fills with zeros.
 #pragma once
 
 #include <cstddef>
@@ -354,33 +354,28 @@ QUAROT_INLINE void store(void* data, int64_t i, const F32& v) {
 template <DType kDtype>
 inline constexpr int64_t kBytes = kDtype == DType::f32 ? 4 : 2;
 
-/// Loads `count` < 16 elements; the other lanes are +0.
-template <DType kDtype>
-QUAROT_INLINE F32 load_partial(const void* data, int64_t i, int64_t count) {
-  alignas(64) char buffer[64] = {};
-  __builtin_memcpy(buffer, static_cast<const char*>(data) + i * kBytes<kDtype>,
-                   static_cast<size_t>(count * kBytes<kDtype>));
-  return load<kDtype>(buffer, 0);
-}
-/// Stores the first `count` < 16 lanes.
-template <DType kDtype>
-QUAROT_INLINE void store_partial(void* data, int64_t i, const F32& v, int64_t count) {
-  alignas(64) char buffer[64];
-  store<kDtype>(buffer, 0, v);
-  __builtin_memcpy(static_cast<char*>(data) + i * kBytes<kDtype>, buffer,
-                   static_cast<size_t>(count * kBytes<kDtype>));
-}
-/// load or load_partial, whichever `n` - i elements ask for.
+/// Elements [i, min(i + 16, n)); the other lanes are +0. A tail goes through a buffer, and only the
+/// address depends on it: a vector that comes from two branches would go through memory each time.
 template <DType kDtype>
 QUAROT_INLINE F32 load_upto(const void* data, int64_t i, int64_t n) {
-  return n - i >= kLanes ? load<kDtype>(data, i) : load_partial<kDtype>(data, i, n - i);
+  alignas(64) char buffer[64];
+  const char* p = static_cast<const char*>(data) + i * kBytes<kDtype>;
+  if (n - i < kLanes) [[unlikely]] {
+    __builtin_memset(buffer, 0, sizeof buffer);
+    __builtin_memcpy(buffer, p, static_cast<size_t>((n - i) * kBytes<kDtype>));
+    p = buffer;
+  }
+  return load<kDtype>(p, 0);
 }
+/// Stores elements [i, min(i + 16, n)).
 template <DType kDtype>
 QUAROT_INLINE void store_upto(void* data, int64_t i, int64_t n, const F32& v) {
-  if (n - i >= kLanes) {
-    store<kDtype>(data, i, v);
-  } else {
-    store_partial<kDtype>(data, i, v, n - i);
+  alignas(64) char buffer[64];
+  char* p = static_cast<char*>(data) + i * kBytes<kDtype>;
+  const bool tail = n - i < kLanes;
+  store<kDtype>(tail ? buffer : p, 0, v);
+  if (tail) [[unlikely]] {
+    __builtin_memcpy(p, buffer, static_cast<size_t>((n - i) * kBytes<kDtype>));
   }
 }
 
