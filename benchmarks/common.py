@@ -20,6 +20,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -146,8 +147,10 @@ def device_name(device: str) -> str:
     return f"{names[0] if names else platform.machine()} ({_C.cpu_isa})"
 
 
-def write_results(family: str, device: str, cases: Sequence[Case]) -> Path:
-    """Write results/<device>/<family>.json and return its path."""
+def write_results(
+    family: str, device: str, cases: Sequence[dict[str, Any]], **facts: object
+) -> Path:
+    """Write results/<device>/<family>.json, with more `facts` about all cases; return its path."""
     folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     report = {
@@ -160,10 +163,12 @@ def write_results(family: str, device: str, cases: Sequence[Case]) -> Path:
         "python": platform.python_version(),
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
-        "cases": [dataclasses.asdict(case) for case in cases],
+        **facts,
+        "cases": list(cases),
     }
     path = folder / f"{family}.json"
-    path.write_text(json.dumps(_rounded(report), indent=1) + "\n", "utf-8")
+    text = json.dumps(_rounded(report), indent=1, ensure_ascii=False)
+    path.write_text(text + "\n", "utf-8")
     return path
 
 

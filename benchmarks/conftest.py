@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -16,12 +18,12 @@ def report(request: pytest.FixtureRequest) -> Iterator[Callable[[str, Case], Non
     Only a run of all the module's cases on a device is written: part of one (-k, or a failure)
     would overwrite the whole.
     """
-    cases: dict[str, list[Case]] = {}
+    cases: dict[str, list[dict[str, Any]]] = {}
     failed_before = request.session.testsfailed
 
     def add(device: str, case: Case) -> None:
         print(f"\n{device:4} {case.name:12} {case.line()}", end="", flush=True)
-        cases.setdefault(device, []).append(case)
+        cases.setdefault(device, []).append(dataclasses.asdict(case))
 
     yield add
     if request.config.option.keyword or request.session.testsfailed > failed_before:

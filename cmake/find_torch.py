@@ -1,4 +1,4 @@
-"""Print torch's folder and its CUDA version (empty for a CPU build), one a line, without importing it.
+"""Print torch's folder and its CUDA version (empty for a CPU build), one a line; do not import it.
 
 Used by CMake. pip's build isolation hides the environment's site-packages from sys.path but keeps
 sys.prefix, hence the second look through sysconfig. QUAROT_TORCH_DIR overrides both.
@@ -20,7 +20,9 @@ def find_torch() -> pathlib.Path:
         spec = importlib.util.find_spec("torch")
         if spec is not None and spec.origin is not None:
             candidates.append(pathlib.Path(spec.origin).parent)
-        candidates += [pathlib.Path(sysconfig.get_path(key)) / "torch" for key in ("platlib", "purelib")]
+        candidates += [
+            pathlib.Path(sysconfig.get_path(key)) / "torch" for key in ("platlib", "purelib")
+        ]
     for folder in candidates:
         if (folder / "include/torch/csrc/stable/library.h").is_file():
             return folder

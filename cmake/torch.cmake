@@ -11,7 +11,9 @@ if(NOT torch_result EQUAL 0)
   message(FATAL_ERROR "${torch_error}")
 endif()
 string(REGEX MATCH "^[^\n]*" QUAROT_TORCH_DIR "${torch_facts}")
-string(REGEX REPLACE "^[^\n]*\n?" "" QUAROT_TORCH_CUDA "${torch_facts}")
+# Not REGEX REPLACE "^…": that anchor matches again after each replacement and would eat both lines.
+string(REGEX MATCH "\n(.*)$" _ "${torch_facts}")
+set(QUAROT_TORCH_CUDA "${CMAKE_MATCH_1}")
 message(STATUS "torch: ${QUAROT_TORCH_DIR} (CUDA: ${QUAROT_TORCH_CUDA})")
 
 add_library(torch_stable INTERFACE)

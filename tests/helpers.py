@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ONE_DEVICE = "needs a second CUDA device"
+"""Reason of the skips that QUAROT_REQUIRE_CUDA=1 lets pass."""
+
 
 def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> Any:
     """Build a tiny random causal LM in eval mode, float32 unless `dtype` is given.

@@ -150,6 +150,17 @@ def test_copies_are_independent():
     assert torch.equal(logits(model), expected)
 
 
+def test_casting_a_converted_model():
+    model = converted()
+    scales = [t.clone() for n, t in model.state_dict().items() if n.endswith("weight_scale")]
+    model.to(torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and logits(model).isfinite().all()
+    after = [t for n, t in model.state_dict().items() if n.endswith("weight_scale")]
+    assert all(torch.equal(a, b) for a, b in zip(scales, after, strict=True))
+    with pytest.raises(TypeError, match="float64"):
+        model.double()
+
+
 def test_hidden_states_are_recorded():
     model = converted()
     with torch.no_grad():
@@ -269,10 +280,16 @@ def test_configs_of_another_format(checkpoint, nothing_is_built, field, value, m
         load(checkpoint)
 
 
-def test_config_without_dtype(checkpoint, nothing_is_built):
-    edit(checkpoint, lambda config: config.pop("dtype"))
-    with pytest.raises(ValueError, match="no dtype"):
+@pytest.mark.parametrize("dtype", [None, "float64"])
+def test_config_without_a_dtype_of_ours(checkpoint, nothing_is_built, dtype):
+    edit(checkpoint, lambda config: config.update(dtype=dtype))
+    with pytest.raises(ValueError, match="dtype"):
         quarot.load(checkpoint)
+
+
+def test_dtype_that_no_kernel_computes_in(checkpoint, nothing_is_built):
+    with pytest.raises(ValueError, match="dtype: got torch.float64"):
+        quarot.load(checkpoint, dtype=torch.float64)
 
 
 def edit(folder, change):

@@ -8,6 +8,7 @@ section 4).
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -30,6 +31,12 @@ TOKENS = 12
 LINEARS = ("qkv", "o", "gate_up", "down")
 
 
+@functools.cache
+def model_of(shape: str, dtype: torch.dtype):
+    """A tiny model that no test changes."""
+    return tiny_model(**MODEL_SHAPES[shape], dtype=dtype)
+
+
 class Case:
     """One layer of a tiny model, rotated: transformers' and ours, and inputs for both."""
 
@@ -42,7 +49,7 @@ class Case:
         dtype: torch.dtype = torch.float32,
         **overrides: Any,
     ) -> None:
-        self.model = tiny_model(**MODEL_SHAPES[shape], dtype=dtype)
+        self.model = model_of(shape, dtype)
         self.arch = describe(self.model.config)
         self.geometry = self.arch.geometry(self.model.config)
         self.config = QuarotConfig.from_preset(preset, w_clip_search=False, **overrides)
@@ -493,11 +500,11 @@ def test_attention_weights_are_refused() -> None:
 
 
 def test_gradient_checkpointing_can_be_switched() -> None:
-    case = Case("W4A4KV4")
-    assert DecoderLayer.gradient_checkpointing is False
-    case.model.model.layers[INDEX] = case.ours
-    case.model.gradient_checkpointing_enable()
-    case.model.gradient_checkpointing_disable()
+    model = tiny_model()
+    model.model.layers = nn.ModuleList([Case("W4A4KV4").ours])
+    for switch in (True, False):  # raises where no module has the attribute
+        model._set_gradient_checkpointing(switch, torch.utils.checkpoint.checkpoint)
+        assert model.model.layers[0].gradient_checkpointing is switch
 
 
 def test_angles_of_one_row_serve_all() -> None:

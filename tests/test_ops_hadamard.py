@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import assert_accurate, dense_hadamard, poisoned, strided
+from helpers import ONE_DEVICE, assert_accurate, dense_hadamard, poisoned, strided
 from quarot import hadamard, ops
 from quarot.ops import reference
 
@@ -188,7 +188,7 @@ def test_is_captured_in_a_graph(device):
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_runs_on_a_second_device(device):
     if torch.cuda.device_count() < 2:
-        pytest.skip("one CUDA device")
+        pytest.skip(ONE_DEVICE)
     x = torch.randn(3, 576)
     actual = ops.hadamard(x.to("cuda:1"))
     assert actual.device.index == 1

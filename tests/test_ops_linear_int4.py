@@ -269,7 +269,8 @@ def test_prepack_refusals_name_the_argument(call_, message):
 @pytest.mark.parametrize("name", ["x_scale", "w", "w_scale"])
 def test_refuses_mixed_devices(device, name):
     here = {n: t.to(device) if isinstance(t, torch.Tensor) else t for n, t in GOOD.items()}
-    with pytest.raises(RuntimeError, match=r"device|w must"):
+    here["w"] = ops.prepack_int4(ops.pack_int4(W).to(device))  # that device's layout
+    with pytest.raises(RuntimeError, match=rf"{name} must .*device"):
         ops.linear_int4(**(here | {name: GOOD[name]}))
 
 

@@ -66,7 +66,7 @@ def test_clip_search_on_any_shape(rows, groups, width, norm, tail, seed):
 def test_search_does_not_depend_on_the_blocks(monkeypatch):
     w = torch.randn(40, 64)
     whole = grid.weight_scales(w, 4, 32)
-    monkeypatch.setattr(grid, "_BLOCK", 3 * 64)
+    monkeypatch.setattr(grid, "_BLOCK", 15 * 64)  # blocks of 15, 15 and 10 rows
     assert torch.equal(grid.weight_scales(w, 4, 32), whole)
 
 
@@ -140,7 +140,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("group", [0, 32])
 def test_memory_is_bounded_by_a_block(group, monkeypatch):
     monkeypatch.setattr(grid, "_BLOCK", 1 << 12)
-    w = torch.randn(256, 128).half()
+    w = torch.randn(64, 128).half()
     with LargestTensor() as largest:
         grid.weight_scales(w, 4, group)
     # Eighty errors a group are the largest table: 80 / 32 of a block.
@@ -164,6 +164,7 @@ def test_refuses_weights_that_are_not_finite(value, clip_search):
         (torch.zeros(4, 64, dtype=torch.int8), {}, "^w: got torch.int8"),
         (torch.zeros(4, 64), {"group": 48}, "^group: got 48 for 64"),
         (torch.zeros(4, 64), {"group": -1}, "^group: got -1"),
+        (torch.zeros(4, 64), {"weights": torch.ones(32)}, r"^weights: got \[32\].*\[64\]"),
     ],
 )
 def test_refusals_name_the_argument(w, options, message):

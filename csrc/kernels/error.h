@@ -21,11 +21,11 @@ namespace quarot {
   } while (false)
 
 /// Throws when a CUDA runtime call fails. Only for files that include cuda_runtime.h.
-#define QUAROT_CUDA_CHECK(call)                                                               \
-  do {                                                                                        \
-    const cudaError_t quarot_status = (call);                                                 \
-    if (quarot_status != cudaSuccess) {                                                       \
-      ::quarot::throw_error(__FILE__, __LINE__,                                               \
-                            std::string(#call) + ": " + cudaGetErrorString(quarot_status));   \
-    }                                                                                         \
+#define QUAROT_CUDA_CHECK(call)                                                             \
+  do {                                                                                      \
+    const cudaError_t quarot_status = (call);                                               \
+    if (quarot_status != cudaSuccess) {                                                     \
+      ::quarot::throw_error(__FILE__, __LINE__,                                             \
+                            std::string(#call) + ": " + cudaGetErrorString(quarot_status)); \
+    }                                                                                       \
   } while (false)

@@ -1,4 +1,5 @@
-// One pass over a row: something in fp32, a Hadamard transform, quantization. Nothing is rounded in between.
+// One pass over a row: something in fp32, a Hadamard transform, quantization. Nothing is rounded in
+// between.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +26,8 @@ struct RmsnormQuantizeArgs {
   float eps;
 };
 
-/// The activation of a gated linear unit. silu(a) = a / (1 + e^-a); gelu is the exact one (erf), gelu_tanh its
-/// approximation by tanh.
+/// The activation of a gated linear unit. silu(a) = a / (1 + e^-a); gelu is the exact one (erf),
+/// gelu_tanh its approximation by tanh.
 enum class Activation { silu, gelu, gelu_tanh };
 
 /// quantize(hadamard(activation(gate) * up)).

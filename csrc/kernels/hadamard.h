@@ -1,5 +1,6 @@
-// Hadamard transform of the rows of a matrix: out = scale * x * (I (x) H (x) I_inner), where (x) is the
-// Kronecker product and H = H_K (x) H_2^p, H_2^p Sylvester's matrix and H_K a +-1 factor given as data.
+// Hadamard transform of the rows of a matrix: out = scale * x * (I (x) H (x) I_inner), where (x) is
+// the Kronecker product and H = H_K (x) H_2^p, H_2^p Sylvester's matrix and H_K a +-1 factor given
+// as data.
 #pragma once
 
 #include <cstdint>
@@ -8,15 +9,17 @@
 
 namespace quarot {
 
-/// Largest factor order that the project constructs (DESIGN section 4); kernels size their tiles by it.
+/// Largest factor order that the project constructs (DESIGN section 4); kernels size their tiles by
+/// it.
 inline constexpr int64_t kMaxFactorOrder = 172;
 
 /// The matrix of a transform of `size` = factor_order * 2^p positions.
 struct HadamardMatrix {
   int64_t size;          // 1 = identity
   int64_t factor_order;  // K <= kMaxFactorOrder; 1 = none
-  const int8_t* factor;  // [K, K] of +-1, row-major, acting from the right of a row; null when K = 1
-  float scale;           // 1 / sqrt(size) makes it orthonormal
+  const int8_t*
+      factor;   // [K, K] of +-1, row-major, acting from the right of a row; null when K = 1
+  float scale;  // 1 / sqrt(size) makes it orthonormal
 };
 
 struct HadamardArgs {
@@ -30,6 +33,6 @@ void hadamard(const HadamardArgs& args, const Executor& executor);
 }
 namespace cuda {
 void hadamard(const HadamardArgs& args, Stream stream);
-}
+}  // namespace cuda
 
 }  // namespace quarot

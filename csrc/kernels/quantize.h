@@ -1,9 +1,12 @@
 // Quantization of rows to int4 or int8 codes, its inverse, and int4 packing.
 //
-// A group of `group` columns (or a row) shares scale = (clip * range) / steps in fp32; inv = 1 / scale;
-//   symmetric:  code = clamp(rint(x * inv), -qmax - 1, qmax), range = max|x|, steps = qmax = 2^(bits-1) - 1
-//   asymmetric: zero = rint(-lo * inv), code = clamp(rint(x * inv) + zero, 0, steps), range = hi - lo with 0 in it,
-//               steps = 2^bits - 1; codes and zero are stored shifted by -2^(bits-1), that is, signed
+// A group of `group` columns (or a row) shares scale = (clip * range) / steps in fp32; inv = 1 /
+// scale;
+//   symmetric:  code = clamp(rint(x * inv), -qmax - 1, qmax), range = max|x|, steps = qmax =
+//   2^(bits-1) - 1 asymmetric: zero = rint(-lo * inv), code = clamp(rint(x * inv) + zero, 0,
+//   steps), range = hi - lo with 0 in it,
+//               steps = 2^bits - 1; codes and zero are stored shifted by -2^(bits-1), that is,
+//               signed
 // A group with a NaN or an infinity gets scale NaN, codes 0, zero 0. All outputs are contiguous.
 #pragma once
 

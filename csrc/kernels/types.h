@@ -12,8 +12,8 @@ enum class DType { f32, f16, bf16 };
 using Stream = void*;
 
 /// Runs independent tasks on CPU threads. `run` calls body(ctx, task) once for each task in
-/// [0, tasks), in any order, possibly at the same time, and returns when all are done. A body should
-/// not throw: what is wrong with the arguments is found before.
+/// [0, tasks), in any order, possibly at the same time, and returns when all are done. A body
+/// should not throw: what is wrong with the arguments is found before.
 struct Executor {
   using Body = void (*)(void* ctx, int64_t task);
   int threads;
@@ -29,7 +29,8 @@ struct Rows {
   int64_t row_stride;  // in elements
 };
 
-// The int4 format: two's complement nibbles in [-8, 7], two a byte, the even index in the low nibble.
+// The int4 format: two's complement nibbles in [-8, 7], two a byte, the even index in the low
+// nibble.
 
 /// Codes per byte of a packed tensor.
 inline constexpr int64_t kInt4PerByte = 2;

@@ -1,5 +1,6 @@
-// What every op does before and around its kernel: named checks, dtype conversion, allocation, rows of a strided
-// tensor, and the place a kernel runs on (torch's CPU threads, or a guarded device with its current stream).
+// What every op does before and around its kernel: named checks, dtype conversion, allocation, rows
+// of a strided tensor, and the place a kernel runs on (torch's CPU threads, or a guarded device
+// with its current stream).
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -29,22 +30,33 @@ using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 using OptionalTensor = std::optional<Tensor>;
 
-// ---- Messages --------------------------------------------------------------------------------------
+// ---- Messages ----
 
 /// "float32", "uint8", …, as torch writes it.
 inline const char* name(ScalarType type) {
   switch (type) {
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Bool: return "bool";
-    case ScalarType::BFloat16: return "bfloat16";
-    default: return "another dtype";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    default:
+      return "another dtype";
   }
 }
 
@@ -70,36 +82,39 @@ template <class... Parts>
 }
 
 /// Throws "quarot::<op>: <parts>" unless the condition holds; the parts are evaluated only then.
-#define QUAROT_REQUIRE(condition, op, ...)                                            \
-  do {                                                                                \
-    if (!(condition)) [[unlikely]] ::quarot::ops::fail("quarot::", op, ": ", __VA_ARGS__); \
+#define QUAROT_REQUIRE(condition, op, ...)                    \
+  do {                                                        \
+    if (!(condition)) [[unlikely]]                            \
+      ::quarot::ops::fail("quarot::", op, ": ", __VA_ARGS__); \
   } while (false)
 
-// ---- Checks: `op` and `arg` are names for the message ---------------------------------------------------
+// ---- Checks: `op` and `arg` are names for the message ----
 
 inline void require_dtype(const Tensor& x, ScalarType want, const char* op, const char* arg) {
   QUAROT_REQUIRE(x.scalar_type() == want, op, arg, " must be ", name(want), "; got ", describe(x));
 }
 
 inline void require_shape(const Tensor& x, const Sizes& want, const char* op, const char* arg) {
-  QUAROT_REQUIRE(sizes_of(x) == want, op, arg, " must have shape ", text(want), "; got ", describe(x));
-}
-
-inline void require_dim(const Tensor& x, int64_t at_least, const char* op, const char* arg) {
-  QUAROT_REQUIRE(x.dim() >= at_least, op, arg, " must have at least ", at_least, " dimension(s); got ",
+  QUAROT_REQUIRE(sizes_of(x) == want, op, arg, " must have shape ", text(want), "; got ",
                  describe(x));
 }
 
-inline void require_same_device(const Tensor& x, const Tensor& other, const char* op, const char* arg,
-                                const char* other_arg) {
-  QUAROT_REQUIRE(x.is_cuda() == other.is_cuda() && x.get_device_index() == other.get_device_index(), op,
-                 arg, " must be on the device of ", other_arg, "; got ", describe(x), " and ",
+inline void require_dim(const Tensor& x, int64_t at_least, const char* op, const char* arg) {
+  QUAROT_REQUIRE(x.dim() >= at_least, op, arg, " must have at least ", at_least,
+                 " dimension(s); got ", describe(x));
+}
+
+inline void require_same_device(const Tensor& x, const Tensor& other, const char* op,
+                                const char* arg, const char* other_arg) {
+  QUAROT_REQUIRE(x.is_cuda() == other.is_cuda() && x.get_device_index() == other.get_device_index(),
+                 op, arg, " must be on the device of ", other_arg, "; got ", describe(x), " and ",
                  describe(other));
 }
 
 /// A tensor of the given dtype and shape, dense, on the device of `like`; returned contiguous.
-inline Tensor require_dense(const Tensor& x, ScalarType dtype, const Sizes& sizes, const Tensor& like,
-                            const char* op, const char* arg, const char* like_arg) {
+inline Tensor require_dense(const Tensor& x, ScalarType dtype, const Sizes& sizes,
+                            const Tensor& like, const char* op, const char* arg,
+                            const char* like_arg) {
   require_dtype(x, dtype, op, arg);
   require_shape(x, sizes, op, arg);
   require_same_device(x, like, op, arg, like_arg);
@@ -109,15 +124,18 @@ inline Tensor require_dense(const Tensor& x, ScalarType dtype, const Sizes& size
 /// The kernel's name of a floating-point dtype.
 inline DType dtype_of(ScalarType type, const char* op, const char* arg) {
   switch (type) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Half: return DType::f16;
-    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::BFloat16:
+      return DType::bf16;
     default:
       fail("quarot::", op, ": ", arg, " must be float32, float16 or bfloat16; got ", name(type));
   }
 }
 
-// ---- Memory ------------------------------------------------------------------------------------------------
+// ---- Memory ----
 
 /// A new contiguous tensor on the device of `like`, uninitialised.
 inline Tensor new_tensor(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
@@ -130,9 +148,9 @@ inline Tensor new_tensor(const Tensor& like, const Sizes& sizes, ScalarType dtyp
   }
   // The shim itself: torch::stable::new_empty looks its op up by name at each call.
   int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dim, sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
       like.get_device_index(), &handle));
@@ -149,8 +167,9 @@ T* data(const OptionalTensor& x) {
   return x.has_value() ? data<T>(*x) : nullptr;
 }
 
-/// A floating-point tensor as rows of its last `dims` dimensions, and the tensor that holds the memory: `x` itself
-/// where its leading dimensions have one common stride and its rows are dense, else a contiguous copy.
+/// A floating-point tensor as rows of its last `dims` dimensions, and the tensor that holds the
+/// memory: `x` itself where its leading dimensions have one common stride and its rows are dense,
+/// else a contiguous copy.
 struct RowsOf {
   Tensor memory;
   Rows rows;
@@ -181,12 +200,12 @@ inline RowsOf rows_of(const Tensor& x, int64_t dims, const char* op, const char*
   return {copy, {copy.data_ptr(), dtype, rows, n, n}};
 }
 
-// ---- Where a kernel runs ---------------------------------------------------------------------------------------
+// ---- Where a kernel runs ----
 
 /// torch's intra-op threads (torch.set_num_threads).
 inline Executor cpu_executor() {
   uint32_t threads = 1;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
   return {static_cast<int>(threads), [](int64_t tasks, Executor::Body body, void* ctx) {
             torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) {
               for (int64_t task = begin; task < end; ++task) body(ctx, task);
@@ -201,7 +220,7 @@ class CudaScope {
     if (aoti_torch_get_current_cuda_stream == nullptr) {
       fail("quarot: this torch has no CUDA, yet a CUDA kernel was called");
     }
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
   }
   Stream stream() const { return stream_; }
 
@@ -210,7 +229,8 @@ class CudaScope {
   void* stream_ = nullptr;
 };
 
-/// Calls kernel(args..., executor) or kernel(args..., stream), whichever the kernel takes, on x's device.
+/// Calls kernel(args..., executor) or kernel(args..., stream), whichever the kernel takes, on x's
+/// device.
 template <auto kernel, class... Args>
 void launch(const Tensor& x, const Args&... args) {
   if constexpr (std::is_invocable_v<decltype(kernel), const Args&..., const Executor&>) {

@@ -12,8 +12,9 @@ namespace {
 
 /// x [..., n], transformed in blocks of `size`.
 template <auto kernel>
-QuantizedTensors hadamard_quantize(const Tensor& x, int64_t size, OptionalTensor factor, double scale,
-                                   int64_t bits, bool symmetric, double clip, int64_t group, bool packed) {
+QuantizedTensors hadamard_quantize(const Tensor& x, int64_t size, OptionalTensor factor,
+                                   double scale, int64_t bits, bool symmetric, double clip,
+                                   int64_t group, bool packed) {
   constexpr const char* op = "hadamard_quantize";
   const RowsOf in = rows_of(x, 1, op, "x");
   const MatrixOf m = matrix_of(size, factor, scale, in.rows.n, x, op, "size");
@@ -40,8 +41,8 @@ QuantizedTensors rmsnorm_quantize(const Tensor& x, OptionalTensor weight, double
   const QuantizedOut out =
       quantized_out(x, lead_of(x, 1), in.rows.n, {bits, symmetric, clip, group, packed}, op);
   if (x.numel() != 0) {
-    launch<kernel>(x, RmsnormQuantizeArgs{out.rows, in.rows, w ? w->data_ptr() : nullptr, weight_dtype,
-                                          static_cast<float>(eps)});
+    launch<kernel>(x, RmsnormQuantizeArgs{out.rows, in.rows, w ? w->data_ptr() : nullptr,
+                                          weight_dtype, static_cast<float>(eps)});
   }
   return out.tensors;
 }
@@ -56,8 +57,8 @@ class Text {
   std::string_view view() const {
     const char* text = nullptr;
     size_t length = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle_, &text));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle_, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle_, &text));
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle_, &length));
     return {text, length};
   }
 
@@ -75,12 +76,13 @@ Activation activation_of(std::string_view name, const char* op) {
 /// gate_up [..., 2n], gate first -> rows of n.
 template <auto kernel>
 QuantizedTensors glu_hadamard_quantize(const Tensor& gate_up, StringHandle activation, int64_t size,
-                                       OptionalTensor factor, double scale, int64_t bits, bool symmetric,
-                                       double clip, int64_t group, bool packed) {
+                                       OptionalTensor factor, double scale, int64_t bits,
+                                       bool symmetric, double clip, int64_t group, bool packed) {
   constexpr const char* op = "glu_hadamard_quantize";
   const Activation act = activation_of(Text(activation).view(), op);
   const RowsOf in = rows_of(gate_up, 1, op, "gate_up");
-  QUAROT_REQUIRE(in.rows.n % 2 == 0, op, "gate_up must have an even last dimension; got ", describe(gate_up));
+  QUAROT_REQUIRE(in.rows.n % 2 == 0, op, "gate_up must have an even last dimension; got ",
+                 describe(gate_up));
   const int64_t n = in.rows.n / 2;
   const MatrixOf m = matrix_of(size, factor, scale, n, gate_up, op, "size");
   const QuantizedOut out =
@@ -91,11 +93,12 @@ QuantizedTensors glu_hadamard_quantize(const Tensor& gate_up, StringHandle activ
   return out.tensors;
 }
 
-/// x [..., heads, head_dim] -> rows of heads * head_dim, transformed across blocks of `heads` heads.
+/// x [..., heads, head_dim] -> rows of heads * head_dim, transformed across blocks of `heads`
+/// heads.
 template <auto kernel>
-QuantizedTensors head_hadamard_quantize(const Tensor& x, int64_t heads, OptionalTensor factor, double scale,
-                                        int64_t bits, bool symmetric, double clip, int64_t group,
-                                        bool packed) {
+QuantizedTensors head_hadamard_quantize(const Tensor& x, int64_t heads, OptionalTensor factor,
+                                        double scale, int64_t bits, bool symmetric, double clip,
+                                        int64_t group, bool packed) {
   constexpr const char* op = "head_hadamard_quantize";
   const RowsOf in = rows_of(x, 2, op, "x");
   const MatrixOf m = matrix_of(heads, factor, scale, x.size(x.dim() - 2), x, op, "heads");
@@ -111,7 +114,8 @@ STABLE_TORCH_LIBRARY_IMPL(quarot, CPU, m) {
   m.impl("hadamard_quantize", TORCH_BOX(&hadamard_quantize<&cpu::hadamard_quantize>));
   m.impl("rmsnorm_quantize", TORCH_BOX(&rmsnorm_quantize<&cpu::rmsnorm_quantize>));
   m.impl("glu_hadamard_quantize", TORCH_BOX(&glu_hadamard_quantize<&cpu::glu_hadamard_quantize>));
-  m.impl("head_hadamard_quantize", TORCH_BOX(&head_hadamard_quantize<&cpu::head_hadamard_quantize>));
+  m.impl("head_hadamard_quantize",
+         TORCH_BOX(&head_hadamard_quantize<&cpu::head_hadamard_quantize>));
 }
 #ifdef QUAROT_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(quarot, CUDA, m) {

@@ -17,9 +17,13 @@ Tensor hadamard(const Tensor& x, int64_t size, OptionalTensor factor, double sca
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(quarot, CPU, m) { m.impl("hadamard", TORCH_BOX(&hadamard<&cpu::hadamard>)); }
+STABLE_TORCH_LIBRARY_IMPL(quarot, CPU, m) {
+  m.impl("hadamard", TORCH_BOX(&hadamard<&cpu::hadamard>));
+}
 #ifdef QUAROT_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(quarot, CUDA, m) { m.impl("hadamard", TORCH_BOX(&hadamard<&cuda::hadamard>)); }
+STABLE_TORCH_LIBRARY_IMPL(quarot, CUDA, m) {
+  m.impl("hadamard", TORCH_BOX(&hadamard<&cuda::hadamard>));
+}
 #endif
 
 }  // namespace

@@ -1,5 +1,6 @@
-// The Python module quarot._C. Importing it registers torch.ops.quarot.* (static initialisers of ops/*.cpp); torch
-// must be imported first. No torch header here: the module itself says only what was built.
+// The Python module quarot._C. Importing it registers torch.ops.quarot.* (static initialisers of
+// ops/*.cpp); torch must be imported first. No torch header here: the module itself says only what
+// was built.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -12,8 +12,8 @@ template <auto kernel>
 QuantizedTensors quantize(const Tensor& x, int64_t bits, bool symmetric, double clip, int64_t group,
                           bool packed) {
   const RowsOf in = rows_of(x, 1, "quantize", "x");
-  const QuantizedOut out =
-      quantized_out(x, lead_of(x, 1), in.rows.n, {bits, symmetric, clip, group, packed}, "quantize");
+  const QuantizedOut out = quantized_out(x, lead_of(x, 1), in.rows.n,
+                                         {bits, symmetric, clip, group, packed}, "quantize");
   if (std::get<1>(out.tensors).numel() != 0) launch<kernel>(x, QuantizeArgs{out.rows, in.rows});
   return out.tensors;
 }
@@ -46,8 +46,9 @@ Tensor dequantize(const Tensor& q, const Tensor& scale, OptionalTensor zero, Sca
   sizes.push_back(n);
   Tensor out = new_tensor(q, sizes, dtype);
   if (out.numel() == 0) return out;
-  launch<kernel>(q, DequantizeArgs{out.data_ptr(), out_dtype, codes.data_ptr(), data<const float>(s),
-                                   data<const int32_t>(z), out.numel() / n, n, group, packed});
+  launch<kernel>(q,
+                 DequantizeArgs{out.data_ptr(), out_dtype, codes.data_ptr(), data<const float>(s),
+                                data<const int32_t>(z), out.numel() / n, n, group, packed});
   return out;
 }
 
@@ -57,12 +58,14 @@ Tensor pack_int4(const Tensor& q) {
   require_dim(q, 1, "pack_int4", "q");
   require_dtype(q, ScalarType::Char, "pack_int4", "q");
   const int64_t n = q.size(q.dim() - 1);
-  QUAROT_REQUIRE(n % kInt4PerByte == 0, "pack_int4", "q must have an even last dimension; got ", describe(q));
+  QUAROT_REQUIRE(n % kInt4PerByte == 0, "pack_int4", "q must have an even last dimension; got ",
+                 describe(q));
   const Tensor codes = q.is_contiguous() ? q : torch::stable::contiguous(q);
   Sizes sizes = lead_of(q, 1);
   sizes.push_back(n / kInt4PerByte);
   Tensor out = new_tensor(q, sizes, ScalarType::Byte);
-  if (q.numel() != 0) launch<kernel>(q, PackArgs{data<uint8_t>(out), data<int8_t>(codes), q.numel()});
+  if (q.numel() != 0)
+    launch<kernel>(q, PackArgs{data<uint8_t>(out), data<int8_t>(codes), q.numel()});
   return out;
 }
 

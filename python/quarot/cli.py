@@ -28,6 +28,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -36,8 +37,8 @@ import quarot
 from quarot import _C, data, eval, ops
 from quarot.config import QuarotConfig
 from quarot.convert import convert as convert_model
-from quarot.hf import BACKENDS, load_model
-from quarot.models import ARCHITECTURES, describe
+from quarot.hf import BACKENDS, load_model, weight_bytes
+from quarot.models import ARCHITECTURES
 
 NO_PRESET = "none"
 INTERRUPTED = 130  # exit code by the shells' convention: 128 + SIGINT
@@ -172,7 +173,7 @@ def _converted(model: Any, preset: str | None, seed: int, backend: str) -> Any:
         )
     if preset is None or preset == NO_PRESET:
         return model.eval()
-    return convert_model(model, preset, seed=seed, backend=backend)
+    return convert_model(model, preset, seed=seed, backend=backend, progress=sys.stderr.isatty())
 
 
 def _quarot_config(model: Any) -> QuarotConfig | None:
@@ -185,22 +186,9 @@ def _preset_name(model: Any) -> str:
     return NO_PRESET if config is None else config.preset
 
 
-def weight_bytes(model: Any) -> int | None:
-    """Return the bytes of the decoder layers' linears as stored: codes and scales, or weights.
-
-    None for an architecture that quarot does not know: such a model can be measured all the same.
-    """
-    if model.config.model_type not in ARCHITECTURES:
-        return None
-    arch = describe(model.config)
-    names = tuple(f"{path}.weight" for path in arch.linears)
-    # A layer at a time: a quantized layer's state_dict is made anew from its kernel buffers.
-    return sum(
-        tensor.nbytes
-        for layer in model.get_submodule(arch.layers)
-        for name, tensor in layer.state_dict().items()
-        if name.startswith(names)
-    )
+def _weight_bytes(model: Any) -> int | None:
+    # None: quarot does not know the architecture; such a model can be measured all the same.
+    return weight_bytes(model) if model.config.model_type in ARCHITECTURES else None
 
 
 def _megabytes(size: int | None) -> str:
@@ -313,7 +301,7 @@ def eval_(
         "preset": _preset_name(loaded),
         "seed": seed if config is None else config.seed,
         **dataclasses.asdict(result),
-        "weight_bytes": weight_bytes(loaded),
+        "weight_bytes": _weight_bytes(loaded),
         "text_sha256": data.sha256(content),
     }
     if as_json:
@@ -454,7 +442,7 @@ def demo(
         row = {
             "preset": preset,
             **dataclasses.asdict(result),
-            "weight_bytes": weight_bytes(form),
+            "weight_bytes": _weight_bytes(form),
             "kv_bytes_per_token": _kv_bytes(form, ids[:1]),
             "tokens_per_second": len(tokens) / seconds,
             "answer": tokenizer.decode(tokens, skip_special_tokens=True).strip(),
@@ -479,9 +467,10 @@ def demo(
 
 
 def _print_demo(about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    table = Table("preset")
-    for heading in ("perplexity", "KL", "same top token", "linears MB", "KV B/token", "tokens/s"):
-        table.add_column(heading, justify="right")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))  # narrow: 80 columns hold it
+    table.add_column("preset", no_wrap=True)
+    for heading in ("perplexity", "KL", "top-1", "linears MB", "KV B/token", "tokens/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         compared = row["kld_mean"] is not None
         table.add_row(
@@ -499,8 +488,9 @@ def _print_demo(about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         f"{about['model']}, seed {about['seed']}, {about['windows']} windows of {about['window']} "
         f"tokens of pydoc_data.topics (sha256 {about['text_sha256'][:12]}), on {about['device']} "
         f"({about['cpu_isa']}, {about['threads']} threads), {about['seconds']:.0f} s in all. KL "
-        "(nats) and same top token: against the unquantized model. Linears: the decoder layers', "
-        "as stored. tokens/s: the answer below, prompt included."
+        "(nats) and top-1 (how often the most likely token is the same) are against the "
+        "unquantized model; linears are the decoder layers', as stored; tokens/s is of the answer "
+        "below, prompt included."
     )
     console.print(f"\n[bold]{about['question']}[/bold]")
     for row in rows:

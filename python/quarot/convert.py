@@ -25,9 +25,6 @@ from quarot.quantize import rtn
 
 logger = logging.getLogger("quarot")
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""Dtypes a model may have; what is not quantized keeps it."""
-
 
 def convert(
     model: Any,
@@ -63,14 +60,15 @@ def convert(
     config = _resolve(config, seed)
     hf.check_backend(backend)
     arch, geometry = check(model, config)
+    rotations = rotate.Rotations.from_config(config, geometry)
     _log_unrotated(config, geometry)
     try:
         _forget_quantizer(model)
-        _convert(model, config, arch, geometry, backend, progress)
+        _convert(model, config, arch, geometry, rotations, backend, progress)
+        return hf.adopt(model, config)
     except BaseException as error:
         _make_unusable(model, error)
         raise
-    return hf.adopt(model, config)
 
 
 hf.on_the_fly = convert
@@ -94,11 +92,11 @@ def _convert(
     config: QuarotConfig,
     arch: Architecture,
     geometry: Geometry,
+    rotations: rotate.Rotations,
     backend: str,
     progress: bool,
 ) -> None:
     _renew_rotary(model.get_submodule(arch.rotary), model.config)
-    rotations = rotate.Rotations.from_config(config, geometry)
     rotate.rotate_embeddings(model, arch, rotations)
     rotate.rotate_head(model, arch, rotations)
     layers = model.get_submodule(arch.layers)
@@ -237,9 +235,11 @@ def _check_tensors(model: nn.Module) -> None:
         if parameter.device.type == "meta":
             raise ValueError(f"model: {name} is on the meta device; load its weights first")
         dtypes[parameter.dtype] = name
-        if parameter.dtype not in DTYPES or len(dtypes) > 1:
+        if parameter.dtype not in hf.DTYPES or len(dtypes) > 1:
             got = ", ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
-            raise ValueError(f"model: got {got}, needs one dtype of {', '.join(map(str, DTYPES))}")
+            raise ValueError(
+                f"model: got {got}, needs one dtype of {', '.join(map(str, hf.DTYPES))}"
+            )
     for name, parameter in model.named_parameters():
         # A sum is finite only if every term is; float64 keeps large ones from overflowing.
         if not torch.isfinite(parameter.detach().sum(dtype=torch.float64)):

@@ -8,10 +8,13 @@ read, because transformers itself loads damaged checkpoints without an error.
 
 A saved config carries a marker in `hidden_act`: transformers without quarot would otherwise ignore
 the quantization and build a random model; with the marker it stops and shows the marker's text.
+
+Over 300 lines, because every contact with transformers' loading is meant to stand in one file.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import contextvars
 import importlib.util
@@ -35,6 +38,9 @@ from quarot.modules.decoder_layer import DecoderLayer
 from quarot.modules.linear import QuantizedLinear
 
 BACKENDS = ("kernel", "reference")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What a model may have and compute in; what is not quantized keeps it."""
+
 MARKER = " [quarot checkpoint: run 'import quarot' before from_pretrained]"
 """Appended to `hidden_act` of a converted model's config."""
 
@@ -93,9 +99,7 @@ class QuarotQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if kwargs.get("use_kernels"):
-            raise ValueError(
-                "use_kernels: got True, needs False: quarot layers are kernels already"
-            )
+            raise ValueError("use_kernels: got True, needs False: quarot brings its own kernels")
         if not checkpoint_files:
             raise ValueError("from_pretrained: got no checkpoint files, needs safetensors files")
         for file in checkpoint_files:
@@ -117,12 +121,11 @@ class QuarotQuantizer(HfQuantizer):
         return on_the_fly(model, self.quantization_config, backend=self.backend)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict]:
-        """Return the canonical tensors on the CPU, each with memory of its own."""
-        state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-        for name, tensor in state.items():
-            if tensor.untyped_storage().nbytes() != tensor.nbytes:
-                state[name] = tensor.clone(memory_format=torch.contiguous_format)
-        return state, {}
+        """Return the canonical tensors on the CPU."""
+        state = model.state_dict(destination=_OnCpu())
+        for tied, source in getattr(model, "all_tied_weights_keys", {}).items():
+            state[tied] = state[source]  # one tensor again: saved once
+        return dict(state), {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Say yes: every converted model can be saved."""
@@ -137,6 +140,13 @@ class QuarotQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Say no: generate's automatic torch.compile is slower than eager and changes roundings."""
         return False
+
+
+class _OnCpu(collections.OrderedDict):
+    """A state dict whose tensors go to the CPU one by one: a GPU never holds two copies of all."""
+
+    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
+        super().__setitem__(name, tensor.cpu())
 
 
 AUTO_QUANTIZATION_CONFIG_MAPPING["quarot"] = QuarotConfig
@@ -166,9 +176,10 @@ def install_layers(model: Any, config: QuarotConfig, backend: str = "kernel") ->
     layers = model.get_submodule(arch.layers)
     for index, old in enumerate(layers):
         weight = old.get_submodule(arch.q).weight
-        layers[index] = new_layer(
-            old, arch, geometry, config, index, weight.dtype, weight.device, backend
-        )
+        dtype, device = weight.dtype, weight.device
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: got {dtype}, needs one of {', '.join(map(str, DTYPES))}")
+        layers[index] = new_layer(old, arch, geometry, config, index, dtype, device, backend)
 
 
 def new_layer(
@@ -205,10 +216,7 @@ def adopt(model: Any, config: QuarotConfig) -> Any:
     model.config.hidden_act = model.config.hidden_act.removesuffix(MARKER) + MARKER
     decoder = model.get_submodule(describe(model.config).decoder)
     for module in (model, decoder):
-        module._no_split_modules = {
-            *(module._no_split_modules or ()),
-            DecoderLayer.__name__,
-        }
+        module._no_split_modules = {*(module._no_split_modules or ()), DecoderLayer.__name__}
     # output_hidden_states records modules by class; without ours it would silently return nothing.
     # The dictionary is the model class's own, and shared by all its instances.
     recorded = decoder._can_record_outputs["hidden_states"]
@@ -231,6 +239,8 @@ def check_headers(model: Any, files: list[str]) -> None:
     """
     folder = os.path.dirname(files[0])
     stored_dtype = AutoConfig.from_pretrained(folder).dtype
+    if stored_dtype not in DTYPES:
+        raise ValueError(f"config.json: got dtype {stored_dtype}, needs one of {DTYPES}")
     wanted = {}
     for name, tensor in model.state_dict().items():
         own = name.endswith((".weight_packed", ".weight_scale"))

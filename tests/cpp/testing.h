@@ -23,8 +23,7 @@
 
 namespace quarot::testing {
 
-// ---- Tests and checks
-// ----------------------------------------------------------------------------
+// ---- Tests and checks ---------------------------------------------------------------------------
 
 struct Test {
   const char* name;
@@ -73,11 +72,10 @@ template <class... Parts>
     CHECK(message.find(text) != std::string::npos, "threw '", message, "', not '", text, "'"); \
   } while (false)
 
-// ---- Memory
-// ----------------------------------------------------------------------------------------
+// ---- Memory -------------------------------------------------------------------------------------
 
 /// An array between two runs of poison: writing there fails `check_poison`, and under ASan touching
-/// it ends the program. `align` bytes off a 64-byte boundary, because kernels may not assume one.
+/// it ends the program.
 template <class T>
 class Guarded {
  public:
@@ -125,8 +123,7 @@ class Guarded {
   std::vector<char> memory_;
 };
 
-// ---- Threads
-// -----------------------------------------------------------------------------------------
+// ---- Threads ------------------------------------------------------------------------------------
 
 /// One thread; the tasks in descending order, which no kernel may notice.
 inline Executor serial() {
@@ -149,8 +146,7 @@ inline Executor threaded(int threads) {
           }};
 }
 
-// ---- ISA variants
-// --------------------------------------------------------------------------------------
+// ---- ISA variants -------------------------------------------------------------------------------
 
 /// The variants that can run here; the first is baseline.
 inline std::vector<cpu::Isa> available_isas() {
@@ -158,6 +154,7 @@ inline std::vector<cpu::Isa> available_isas() {
   for (const cpu::Isa isa : cpu::kIsas) {
     if (cpu::isa_available(isa)) found.push_back(isa);
   }
+  CHECK(!found.empty(), "no variant can run here, so nothing would be tested");
   return found;
 }
 
@@ -171,8 +168,7 @@ inline std::vector<cpu::Isa> available_isas() {
 #define VARIANT(isa, kernel) (&::quarot::cpu::baseline::kernel)
 #endif
 
-// ---- Numbers
-// -------------------------------------------------------------------------------------------
+// ---- Numbers ------------------------------------------------------------------------------------
 
 /// Reproducible random numbers.
 class Random {
@@ -201,17 +197,26 @@ class Random {
   std::mt19937 engine_;
 };
 
-/// fp16 by the compiler's own type.
-inline uint16_t to_f16(float x) {
-  const auto h = static_cast<_Float16>(x);
-  uint16_t bits;
-  std::memcpy(&bits, &h, sizeof bits);
-  return bits;
-}
+/// fp16 by its definition, not by _Float16, which GCC 11 does not have.
 inline float from_f16(uint16_t bits) {
-  _Float16 h;
-  std::memcpy(&h, &bits, sizeof h);
-  return static_cast<float>(h);
+  const int exponent = (bits >> 10) & 31, mantissa = bits & 1023;
+  float magnitude = std::ldexp(static_cast<float>(mantissa), -24);
+  if (exponent == 31) {
+    magnitude = mantissa == 0 ? INFINITY : std::nanf("");
+  } else if (exponent > 0) {
+    magnitude = std::ldexp(static_cast<float>(1024 + mantissa), exponent - 25);
+  }
+  return std::copysign(magnitude, bits >> 15 != 0 ? -1.0f : 1.0f);
+}
+/// To nearest even.
+inline uint16_t to_f16(float x) {
+  const auto sign = static_cast<uint16_t>(std::signbit(x) ? 0x8000 : 0);
+  if (std::isnan(x)) return sign | 0x7e00;
+  const float magnitude = std::abs(x);
+  if (magnitude >= 65520.0f) return sign | 0x7c00;
+  const int exponent = magnitude < 0x1p-14f ? -14 : std::ilogb(magnitude);
+  const float last_places = std::nearbyint(std::ldexp(magnitude, 10 - exponent));
+  return static_cast<uint16_t>(sign + ((exponent + 14) << 10) + static_cast<int>(last_places));
 }
 inline float from_bf16(uint16_t bits) {
   const uint32_t wide = uint32_t{bits} << 16;

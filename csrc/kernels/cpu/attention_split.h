@@ -24,6 +24,10 @@ struct AttentionSplit {
   int64_t keys;  // of a split, a multiple of kAttentionKeys unless splits is 1
 };
 
+/// The division of a call whose longest sequence has `longest` keys.
+AttentionSplit attention_split(int64_t batch, int64_t seq, int64_t heads, int64_t kv_heads,
+                               int64_t longest);
+
 /// Floats of a partial result: its unnormalised output, the scores' maximum and the sum of
 /// exponentials.
 inline constexpr int64_t attention_partial(int64_t head_dim) { return head_dim + 2; }

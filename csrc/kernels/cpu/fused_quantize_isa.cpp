@@ -1,17 +1,18 @@
-// The fused quantizers on the CPU. Each fills a row of fp32 scratch, transforms it in place (transform.h) and quantizes
-// it from there (row_quantize.h). Parallel over rows. Bound by memory, or by the additions of a Hadamard factor.
-#include "kernels/fused_quantize.h"
-
+// The fused quantizers on the CPU. Each fills a row of fp32 scratch, transforms it in place
+// (transform.h) and quantizes it from there (row_quantize.h). Parallel over rows. Bound by memory,
+// or by the additions of a Hadamard factor.
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/row_quantize.h"
 #include "kernels/cpu/transform.h"
 #include "kernels/cpu/vec.h"
+#include "kernels/fused_quantize.h"
 
 namespace quarot::cpu::QUAROT_ISA {
 
 namespace {
 
-/// rows times: fill(r, row) writes row[0, n) as fp32; then transform over n / inner positions, scale, quantize.
+/// rows times: fill(r, row) writes row[0, n) as fp32; then transform over n / inner positions,
+/// scale, quantize.
 template <class Fill>
 QUAROT_INLINE void fill_transform_quantize(int64_t rows, int64_t n, const HadamardMatrix& matrix,
                                            int64_t inner, const QuantizedRows& out,
@@ -32,8 +33,8 @@ QUAROT_INLINE void fill_transform_quantize(int64_t rows, int64_t n, const Hadama
   });
 }
 
-/// Columns whose squares a lane adds one after the other (32 of them), before the runs are added: a shorter chain of
-/// roundings than one run over a long row.
+/// Columns whose squares a lane adds one after the other (32 of them), before the runs are added: a
+/// shorter chain of roundings than one run over a long row.
 constexpr int64_t kSquaresRun = 32 * kLanes;
 
 constexpr HadamardMatrix kIdentity{1, 1, nullptr, 1.0f};
@@ -48,8 +49,8 @@ QUAROT_INLINE void load_row(const Rows& x, int64_t r, float* row) {
 }
 
 template <DType kDtype>
-void hadamard_rows(const Rows& x, const HadamardMatrix& matrix, int64_t inner, const QuantizedRows& out,
-                   const Executor& executor) {
+void hadamard_rows(const Rows& x, const HadamardMatrix& matrix, int64_t inner,
+                   const QuantizedRows& out, const Executor& executor) {
   fill_transform_quantize(x.rows, x.n, matrix, inner, out, executor,
                           [&](int64_t r, float* row) { load_row<kDtype>(x, r, row); });
 }
@@ -61,9 +62,15 @@ void rmsnorm_rows(const RmsnormQuantizeArgs& args, const Executor& executor) {
   const Rows weight_row{args.weight, args.weight_dtype, 1, n, n};
   if (args.weight != nullptr) {
     switch (args.weight_dtype) {
-      case DType::f32: load_row<DType::f32>(weight_row, 0, weight.data()); break;
-      case DType::f16: load_row<DType::f16>(weight_row, 0, weight.data()); break;
-      case DType::bf16: load_row<DType::bf16>(weight_row, 0, weight.data()); break;
+      case DType::f32:
+        load_row<DType::f32>(weight_row, 0, weight.data());
+        break;
+      case DType::f16:
+        load_row<DType::f16>(weight_row, 0, weight.data());
+        break;
+      case DType::bf16:
+        load_row<DType::bf16>(weight_row, 0, weight.data());
+        break;
     }
   }
   const auto fill = [&](int64_t r, float* row) {
@@ -119,19 +126,25 @@ void glu_rows(const GluHadamardQuantizeArgs& args, const Executor& executor) {
 template <DType kDtype>
 void glu(const GluHadamardQuantizeArgs& args, const Executor& executor) {
   switch (args.activation) {
-    case Activation::silu: return glu_rows<kDtype, Activation::silu>(args, executor);
-    case Activation::gelu: return glu_rows<kDtype, Activation::gelu>(args, executor);
-    case Activation::gelu_tanh: return glu_rows<kDtype, Activation::gelu_tanh>(args, executor);
+    case Activation::silu:
+      return glu_rows<kDtype, Activation::silu>(args, executor);
+    case Activation::gelu:
+      return glu_rows<kDtype, Activation::gelu>(args, executor);
+    case Activation::gelu_tanh:
+      return glu_rows<kDtype, Activation::gelu_tanh>(args, executor);
   }
   __builtin_unreachable();
 }
 
-void hadamard_any(const Rows& x, const HadamardMatrix& matrix, int64_t inner, const QuantizedRows& out,
-                  const Executor& executor) {
+void hadamard_any(const Rows& x, const HadamardMatrix& matrix, int64_t inner,
+                  const QuantizedRows& out, const Executor& executor) {
   switch (x.dtype) {
-    case DType::f32: return hadamard_rows<DType::f32>(x, matrix, inner, out, executor);
-    case DType::f16: return hadamard_rows<DType::f16>(x, matrix, inner, out, executor);
-    case DType::bf16: return hadamard_rows<DType::bf16>(x, matrix, inner, out, executor);
+    case DType::f32:
+      return hadamard_rows<DType::f32>(x, matrix, inner, out, executor);
+    case DType::f16:
+      return hadamard_rows<DType::f16>(x, matrix, inner, out, executor);
+    case DType::bf16:
+      return hadamard_rows<DType::bf16>(x, matrix, inner, out, executor);
   }
   __builtin_unreachable();
 }
@@ -148,18 +161,24 @@ void head_hadamard_quantize(const HeadHadamardQuantizeArgs& args, const Executor
 
 void rmsnorm_quantize(const RmsnormQuantizeArgs& args, const Executor& executor) {
   switch (args.x.dtype) {
-    case DType::f32: return rmsnorm_rows<DType::f32>(args, executor);
-    case DType::f16: return rmsnorm_rows<DType::f16>(args, executor);
-    case DType::bf16: return rmsnorm_rows<DType::bf16>(args, executor);
+    case DType::f32:
+      return rmsnorm_rows<DType::f32>(args, executor);
+    case DType::f16:
+      return rmsnorm_rows<DType::f16>(args, executor);
+    case DType::bf16:
+      return rmsnorm_rows<DType::bf16>(args, executor);
   }
   __builtin_unreachable();
 }
 
 void glu_hadamard_quantize(const GluHadamardQuantizeArgs& args, const Executor& executor) {
   switch (args.gate_up.dtype) {
-    case DType::f32: return glu<DType::f32>(args, executor);
-    case DType::f16: return glu<DType::f16>(args, executor);
-    case DType::bf16: return glu<DType::bf16>(args, executor);
+    case DType::f32:
+      return glu<DType::f32>(args, executor);
+    case DType::f16:
+      return glu<DType::f16>(args, executor);
+    case DType::bf16:
+      return glu<DType::bf16>(args, executor);
   }
   __builtin_unreachable();
 }

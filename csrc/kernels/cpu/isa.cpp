@@ -10,24 +10,29 @@ namespace quarot::cpu {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
-    case Isa::baseline: return "baseline";
-    case Isa::avx2: return "avx2";
-    case Isa::avx512: return "avx512";
+    case Isa::baseline:
+      return "baseline";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::avx512:
+      return "avx512";
   }
   __builtin_unreachable();
 }
 
 bool isa_available(Isa isa) {
 #if defined(__x86_64__)
-  // The feature lists of x86-64-v2, -v3 and -v4, by their members: clang 14 and GCC 11 do not know the
-  // level names in __builtin_cpu_supports.
+  // The feature lists of x86-64-v2, -v3 and -v4, by their members: clang 14 and GCC 11 do not know
+  // the level names in __builtin_cpu_supports.
   __builtin_cpu_init();
   const bool v2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
   const bool v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                   __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
   switch (isa) {
-    case Isa::baseline: return v2;
-    case Isa::avx2: return v3;
+    case Isa::baseline:
+      return v2;
+    case Isa::avx2:
+      return v3;
     case Isa::avx512:
       return v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
@@ -49,8 +54,9 @@ Isa choose() {
                                             ": this build or this processor does not have it");
       return isa;
     }
-    throw_error(__FILE__, __LINE__, std::string("QUAROT_CPU_ISA must be baseline, avx2 or avx512; got '") +
-                                        wanted + "'");
+    throw_error(
+        __FILE__, __LINE__,
+        std::string("QUAROT_CPU_ISA must be baseline, avx2 or avx512; got '") + wanted + "'");
   }
   if (isa_available(Isa::avx512)) return Isa::avx512;
   if (isa_available(Isa::avx2)) return Isa::avx2;

@@ -1,6 +1,6 @@
-// Which instruction set the CPU kernels use. Every <family>_isa.cpp is compiled once per variant, into
-// the namespace quarot::cpu::<variant>; <family>.cpp declares the copies with QUAROT_DECLARE_VARIANTS and
-// picks one with QUAROT_PICK, once a process.
+// Which instruction set the CPU kernels use. Every <family>_isa.cpp is compiled once per variant,
+// into the namespace quarot::cpu::<variant>; <family>.cpp declares the copies with
+// QUAROT_DECLARE_VARIANTS and picks one with QUAROT_PICK, once a process.
 #pragma once
 
 namespace quarot::cpu {
@@ -20,17 +20,26 @@ bool isa_available(Isa isa);
 Isa active_isa();
 
 #if defined(__x86_64__)
-#define QUAROT_DECLARE_VARIANTS(declaration)  \
-  namespace baseline { declaration; }         \
-  namespace avx2 { declaration; }             \
-  namespace avx512 { declaration; }
+#define QUAROT_DECLARE_VARIANTS(declaration) \
+  namespace baseline {                       \
+  declaration;                               \
+  }                                          \
+  namespace avx2 {                           \
+  declaration;                               \
+  }                                          \
+  namespace avx512 {                         \
+  declaration;                               \
+  }
 
 template <class Function>
 Function* pick(Function* baseline, Function* avx2, Function* avx512) {
   switch (active_isa()) {
-    case Isa::avx512: return avx512;
-    case Isa::avx2: return avx2;
-    case Isa::baseline: return baseline;
+    case Isa::avx512:
+      return avx512;
+    case Isa::avx2:
+      return avx2;
+    case Isa::baseline:
+      return baseline;
   }
   __builtin_unreachable();
 }
@@ -39,7 +48,9 @@ Function* pick(Function* baseline, Function* avx2, Function* avx512) {
   (::quarot::cpu::pick(&baseline::function, &avx2::function, &avx512::function))
 #else
 #define QUAROT_DECLARE_VARIANTS(declaration) \
-  namespace baseline { declaration; }
+  namespace baseline {                       \
+  declaration;                               \
+  }
 #define QUAROT_PICK(function) (&baseline::function)
 #endif
 

@@ -2,6 +2,7 @@
 // a token the cosines and sines are converted once, then each head's vector is rotated, transformed
 // and quantized in scratch memory. The bound is memory at prefill; at decode the whole call is some
 // thousand elements.
+#include "kernels/cpu/any_dtype.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/transform.h"
 #include "kernels/cpu/vec.h"
@@ -16,21 +17,8 @@ constexpr uint16_t kNaN16 = 0x7e00;
 constexpr int32_t kInfinityBits = 0x7f800000;
 
 /// x [n] (with room for 16 more lanes, set to zero)  <-  data[i, i + n)
-template <DType kDtype>
-QUAROT_INLINE void load_vector(float* x, const void* data, int64_t i, int64_t n) {
-  for (int64_t c = 0; c < n; c += kLanes) store(x + c, load_upto<kDtype>(data, i + c, i + n));
-}
-
-QUAROT_INLINE void load_vector_any(float* x, DType dtype, const void* data, int64_t i, int64_t n) {
-  switch (dtype) {
-    case DType::f32:
-      return load_vector<DType::f32>(x, data, i, n);
-    case DType::f16:
-      return load_vector<DType::f16>(x, data, i, n);
-    case DType::bf16:
-      return load_vector<DType::bf16>(x, data, i, n);
-  }
-  __builtin_unreachable();
+QUAROT_INLINE void load_vector(float* x, DType dtype, const void* data, int64_t i, int64_t n) {
+  for (int64_t c = 0; c < n; c += kLanes) store(x + c, load_any(dtype, data, i + c, i + n));
 }
 
 /// RoPE in place: pairs (i, i + rotary / 2) of x turn by the angles whose cosines and sines are
@@ -98,13 +86,12 @@ QUAROT_INLINE void quantize_into(const KvCache& cache, int64_t slot, const float
 }
 
 /// Tokens [begin, end) of batch * seq.
-template <DType kDtype>
 void append(const KvAppendArgs& a, int64_t begin, int64_t end) {
   const int64_t n = a.head_dim;
   const Scratch x(n + kLanes), cos(a.rotary + kLanes), sin(a.rotary + kLanes);
   const Transform transform(a.matrix);
   const auto rotate = [&](const HeadVectors& from, int64_t at) __attribute__((always_inline)) {
-    load_vector<kDtype>(x.data(), from.data, at, n);
+    load_vector(x.data(), a.dtype, from.data, at, n);
     rope(x.data(), cos.data(), sin.data(), a.rotary);
     if (a.matrix.size == 1) return;
     transform(x.data(), n);
@@ -114,8 +101,8 @@ void append(const KvAppendArgs& a, int64_t begin, int64_t end) {
   for (int64_t token = begin; token < end; ++token) {
     const int64_t b = token / a.seq, s = token % a.seq;
     const int64_t angles = b * a.rotary_batch_stride + s * a.rotary;
-    load_vector_any(cos.data(), a.rotary_dtype, a.cos, angles, a.rotary);
-    load_vector_any(sin.data(), a.rotary_dtype, a.sin, angles, a.rotary);
+    load_vector(cos.data(), a.rotary_dtype, a.cos, angles, a.rotary);
+    load_vector(sin.data(), a.rotary_dtype, a.sin, angles, a.rotary);
     const auto at = [&](const HeadVectors& from, int64_t head) __attribute__((always_inline)) {
       return b * from.batch_stride + s * from.seq_stride + head * from.head_stride;
     };
@@ -123,13 +110,13 @@ void append(const KvAppendArgs& a, int64_t begin, int64_t end) {
       rotate(a.q, at(a.q, h));
       const int64_t out = (token * a.heads + h) * n;
       for (int64_t i = 0; i < n; i += kLanes)
-        store_upto<kDtype>(a.q_out, out + i, out + n, load(x.data() + i));
+        store_any(a.dtype, a.q_out, out + i, out + n, load(x.data() + i));
     }
     for (int64_t h = 0; h < a.kv_heads; ++h) {
       const int64_t slot = (b * a.kv_heads + h) * a.capacity + a.start[b] + s;
       rotate(a.k, at(a.k, h));
       quantize_into(a.k_cache, slot, x.data(), n, a.bits, a.k_clip);
-      load_vector<kDtype>(x.data(), a.v.data, at(a.v, h), n);
+      load_vector(x.data(), a.dtype, a.v.data, at(a.v, h), n);
       quantize_into(a.v_cache, slot, x.data(), n, a.bits, a.v_clip);
     }
   }
@@ -139,17 +126,8 @@ void append(const KvAppendArgs& a, int64_t begin, int64_t end) {
 
 void rope_hadamard_kv_append(const KvAppendArgs& a, const Executor& executor) {
   const int64_t elements = (a.heads + 2 * a.kv_heads) * a.head_dim;
-  parallel_rows(executor, a.batch * a.seq, elements, [&](int64_t begin, int64_t end) {
-    switch (a.dtype) {
-      case DType::f32:
-        return append<DType::f32>(a, begin, end);
-      case DType::f16:
-        return append<DType::f16>(a, begin, end);
-      case DType::bf16:
-        return append<DType::bf16>(a, begin, end);
-    }
-    __builtin_unreachable();
-  });
+  parallel_rows(executor, a.batch * a.seq, elements,
+                [&](int64_t begin, int64_t end) { append(a, begin, end); });
 }
 
 }  // namespace quarot::cpu::QUAROT_ISA

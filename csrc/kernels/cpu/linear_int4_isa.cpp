@@ -16,6 +16,7 @@
 // Otherwise the bound is the multiplier: 16 multiply-adds a pmaddwd and add of an AVX2 register.
 // Sums are exact and each output is scaled by itself, so the blocking never shows in a result.
 // Above 300 lines: both directions of the layout stand beside the loop that reads it.
+#include "kernels/cpu/any_dtype.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/vec.h"
 #include "kernels/linear_int4.h"
@@ -163,30 +164,6 @@ void widen(int16_t* dst, const int8_t* src, int64_t stride, int64_t rows, int64_
 
 // ---- Epilogue -----------------------------------------------------------------------------------
 
-QUAROT_INLINE F32 load_any(DType dtype, const void* data, int64_t i, int64_t count) {
-  switch (dtype) {
-    case DType::f32:
-      return load_upto<DType::f32>(data, i, i + count);
-    case DType::f16:
-      return load_upto<DType::f16>(data, i, i + count);
-    case DType::bf16:
-      return load_upto<DType::bf16>(data, i, i + count);
-  }
-  __builtin_unreachable();
-}
-
-QUAROT_INLINE void store_any(DType dtype, void* data, int64_t i, int64_t count, const F32& v) {
-  switch (dtype) {
-    case DType::f32:
-      return store_upto<DType::f32>(data, i, i + count, v);
-    case DType::f16:
-      return store_upto<DType::f16>(data, i, i + count, v);
-    case DType::bf16:
-      return store_upto<DType::bf16>(data, i, i + count, v);
-  }
-  __builtin_unreachable();
-}
-
 /// What a task works on: rows [row, row + rows) and channels [channel, channel + 16).
 struct Tile {
   int64_t row, rows, channel;
@@ -216,13 +193,14 @@ void scale_group(float* y, int32_t* acc, const LinearInt4Args& a, const Tile& ti
 /// out = y (+ bias) (+ residual), rounded once.
 void finish(const float* y, const LinearInt4Args& a, const Tile& tile) {
   const int64_t valid = a.n - tile.channel < kLanes ? a.n - tile.channel : kLanes;
-  const F32 bias = a.bias == nullptr ? f32(0) : load_any(a.bias_dtype, a.bias, tile.channel, valid);
+  const F32 bias = a.bias == nullptr ? f32(0) : load_any(a.bias_dtype, a.bias, tile.channel, a.n);
   for (int64_t r = 0; r < tile.rows; ++r) {
     F32 value = load(y + r * kLanes);
     const int64_t at = (tile.row + r) * a.n + tile.channel;
     if (a.bias != nullptr) value = value + bias;
-    if (a.residual != nullptr) value = value + load_any(a.residual_dtype, a.residual, at, valid);
-    store_any(a.out_dtype, a.out, at, valid, value);
+    if (a.residual != nullptr)
+      value = value + load_any(a.residual_dtype, a.residual, at, at + valid);
+    store_any(a.out_dtype, a.out, at, at + valid, value);
   }
 }
 

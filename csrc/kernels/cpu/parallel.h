@@ -11,8 +11,9 @@ namespace quarot::cpu::QUAROT_ISA {
 /// Elements a task should have at least: below it, waking a thread costs more than it saves.
 inline constexpr int64_t kTaskElements = 16384;
 
-/// Calls body(begin, end) for ranges that cover [0, rows); each row belongs to one call, so a result
-/// that depends on its row alone does not depend on the number of threads. `row_elements`: work of a row.
+/// Calls body(begin, end) for ranges that cover [0, rows); each row belongs to one call, so a
+/// result that depends on its row alone does not depend on the number of threads. `row_elements`:
+/// work of a row.
 template <class Body>
 QUAROT_INLINE void parallel_rows(const Executor& executor, int64_t rows, int64_t row_elements,
                                  const Body& body) {

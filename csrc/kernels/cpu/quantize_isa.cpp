@@ -1,10 +1,9 @@
-// quantize, dequantize, pack_int4, unpack_int4 on the CPU. Parallel over rows (packing: over chunks). Bound by memory; a
-// row is converted to fp32 once and read twice from cache.
-#include "kernels/quantize.h"
-
+// quantize, dequantize, pack_int4, unpack_int4 on the CPU. Parallel over rows (packing: over
+// chunks). Bound by memory; a row is converted to fp32 once and read twice from cache.
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/row_quantize.h"
 #include "kernels/cpu/vec.h"
+#include "kernels/quantize.h"
 
 namespace quarot::cpu::QUAROT_ISA {
 
@@ -38,7 +37,8 @@ void dequantize_rows(const DequantizeArgs& args, const Executor& executor) {
     for (int64_t r = begin; r < end; ++r) {
       const int8_t* codes = static_cast<const int8_t*>(args.codes) + r * n;
       if (args.packed) {
-        unpack_row(static_cast<const uint8_t*>(args.codes) + r * (n / kInt4PerByte), n, unpacked.data());
+        unpack_row(static_cast<const uint8_t*>(args.codes) + r * (n / kInt4PerByte), n,
+                   unpacked.data());
         codes = unpacked.data();
       }
       for (int64_t g = 0; g < groups; ++g) {
@@ -66,18 +66,24 @@ void dequantize_rows(const DequantizeArgs& args, const Executor& executor) {
 
 void quantize(const QuantizeArgs& args, const Executor& executor) {
   switch (args.x.dtype) {
-    case DType::f32: return quantize_rows<DType::f32>(args, executor);
-    case DType::f16: return quantize_rows<DType::f16>(args, executor);
-    case DType::bf16: return quantize_rows<DType::bf16>(args, executor);
+    case DType::f32:
+      return quantize_rows<DType::f32>(args, executor);
+    case DType::f16:
+      return quantize_rows<DType::f16>(args, executor);
+    case DType::bf16:
+      return quantize_rows<DType::bf16>(args, executor);
   }
   __builtin_unreachable();
 }
 
 void dequantize(const DequantizeArgs& args, const Executor& executor) {
   switch (args.dtype) {
-    case DType::f32: return dequantize_rows<DType::f32>(args, executor);
-    case DType::f16: return dequantize_rows<DType::f16>(args, executor);
-    case DType::bf16: return dequantize_rows<DType::bf16>(args, executor);
+    case DType::f32:
+      return dequantize_rows<DType::f32>(args, executor);
+    case DType::f16:
+      return dequantize_rows<DType::f16>(args, executor);
+    case DType::bf16:
+      return dequantize_rows<DType::bf16>(args, executor);
   }
   __builtin_unreachable();
 }

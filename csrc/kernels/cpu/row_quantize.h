@@ -1,5 +1,6 @@
-// Quantizes a row of fp32 in scratch memory, for every kernel that ends in codes. Only for *_isa.cpp files (see vec.h).
-// Two passes over the row: the range of each group, then its codes. The arithmetic is in kernels/quantize.h.
+// Quantizes a row of fp32 in scratch memory, for every kernel that ends in codes. Only for
+// *_isa.cpp files (see vec.h). Two passes over the row: the range of each group, then its codes.
+// The arithmetic is in kernels/quantize.h.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +23,7 @@ struct Grid {
 };
 
 /// The grid of x[0, count); lanes beyond count are not read.
-QUAROT_INLINE Grid make_grid(const float* x, int64_t count, const QuantizedRows& q) {
+inline Grid make_grid(const float* x, int64_t count, const QuantizedRows& q) {
   // As integers, |x| compares like |x| and NaN is above infinity.
   I32 magnitude = i32(0);
   F32 low = f32(0.0f), high = f32(0.0f);
@@ -39,7 +40,8 @@ QUAROT_INLINE Grid make_grid(const float* x, int64_t count, const QuantizedRows&
 
   const int32_t half = 1 << (q.bits - 1);
   if (q.zero == nullptr) {
-    const float scale = (q.clip * __builtin_bit_cast(float, largest)) / static_cast<float>(half - 1);
+    const float scale =
+        (q.clip * __builtin_bit_cast(float, largest)) / static_cast<float>(half - 1);
     const float safe = scale < kScaleFloor ? 1.0f : scale;
     return {safe, 1.0f / safe, static_cast<float>(-half), static_cast<float>(half - 1), 0, 0, true};
   }
@@ -49,13 +51,14 @@ QUAROT_INLINE Grid make_grid(const float* x, int64_t count, const QuantizedRows&
   const float safe = scale < kScaleFloor ? 1.0f : scale;
   const float inv = 1.0f / safe;
   const float zero = (-lo * inv + kRound) - kRound;
-  // clamp(rint(v) + zero, 0, steps) = clamp(rint(v), -zero, steps - zero) + zero: the bounds are integers.
+  // clamp(rint(v) + zero, 0, steps) = clamp(rint(v), -zero, steps - zero) + zero: the bounds are
+  // integers.
   const int32_t shift = static_cast<int32_t>(zero) - half;
   return {safe, inv, -zero, steps - zero, shift, shift, true};
 }
 
 /// Writes the codes of x[0, count) as int8.
-QUAROT_INLINE void write_codes(const float* x, int64_t count, const Grid& grid, int8_t* codes) {
+inline void write_codes(const float* x, int64_t count, const Grid& grid, int8_t* codes) {
   if (!grid.finite) {
     __builtin_memset(codes, 0, static_cast<size_t>(count));
     return;
@@ -77,7 +80,7 @@ QUAROT_INLINE void write_codes(const float* x, int64_t count, const Grid& grid, 
 }
 
 /// int8 codes [count] -> nibbles [count / 2]; count even.
-QUAROT_INLINE void pack_row(const int8_t* codes, int64_t count, uint8_t* packed) {
+inline void pack_row(const int8_t* codes, int64_t count, uint8_t* packed) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store_i4(packed + i / 2, load_i8(codes + i));
   for (; i < count; i += 2) {
@@ -86,7 +89,7 @@ QUAROT_INLINE void pack_row(const int8_t* codes, int64_t count, uint8_t* packed)
 }
 
 /// The inverse of pack_row.
-QUAROT_INLINE void unpack_row(const uint8_t* packed, int64_t count, int8_t* codes) {
+inline void unpack_row(const uint8_t* packed, int64_t count, int8_t* codes) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store_i8(codes + i, load_i4(packed + i / 2));
   for (; i < count; i += 2) {
@@ -106,8 +109,8 @@ class CodeScratch {
 };
 
 /// Quantizes x[0, n) into row r of q. codes: n bytes of scratch, used when q is packed.
-QUAROT_INLINE void quantize_row(const float* x, int64_t n, const QuantizedRows& q, int64_t r,
-                                int8_t* codes) {
+[[gnu::noinline]] inline void quantize_row(const float* x, int64_t n, const QuantizedRows& q,
+                                           int64_t r, int8_t* codes) {
   int8_t* row_codes = q.packed ? codes : static_cast<int8_t*>(q.codes) + r * n;
   const int64_t groups = q.group == n ? 1 : n / q.group;
   for (int64_t g = 0; g < groups; ++g) {

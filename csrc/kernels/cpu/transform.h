@@ -1,10 +1,11 @@
 // The Hadamard transform of one row of fp32 in scratch memory, for every kernel that contains one.
 // Only for *_isa.cpp files (see vec.h).
 //
-// A row holds n / (size * inner) blocks, a block is [K][2^p][inner]: out = row * (I (x) H_K (x) H_2^p (x) I_inner),
-// unscaled. First 2^p: log2 butterfly stages with strides inner, 2*inner, ...; strides below 16 inside the
-// registers. Then the factor: K * K additions for each of the 2^p * inner columns. So n * (p + K) additions a row; the
-// order of additions is fixed by the stages, not by the vector width, and the CUDA kernel adds in the same order.
+// A row holds n / (size * inner) blocks, a block is [K][2^p][inner]: out = row * (I (x) H_K (x)
+// H_2^p (x) I_inner), unscaled. First 2^p: log2 butterfly stages with strides inner, 2*inner, ...;
+// strides below 16 inside the registers. Then the factor: K * K additions for each of the 2^p *
+// inner columns. So n * (p + K) additions a row; the order of additions is fixed by the stages, not
+// by the vector width, and the CUDA kernel adds in the same order.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +15,9 @@
 
 namespace quarot::cpu::QUAROT_ISA {
 
-// ---- Butterflies inside a vector: lane i gets v[i] + v[i ^ kStride], or v[i ^ kStride] - v[i] where i & kStride --
+// ---- Butterflies inside a vector ----
 
+/// Lane i gets v[i] + v[i ^ kStride], or v[i ^ kStride] - v[i] where i & kStride.
 template <int kStride>
 QUAROT_INLINE NativeF32 butterfly(const NativeF32& v) {
   constexpr int lanes = kRegisterBytes / 4;
@@ -52,10 +54,10 @@ QUAROT_INLINE F32 butterflies(F32 v, int64_t width) {
   return v;
 }
 
-// ---- Stages between vectors ----------------------------------------------------------------------------------
+// ---- Stages between vectors ----
 
 /// One butterfly stage over `count` floats in groups of 2 * stride.
-QUAROT_INLINE void butterfly_stage(float* x, int64_t count, int64_t stride) {
+inline void butterfly_stage(float* x, int64_t count, int64_t stride) {
   for (int64_t base = 0; base < count; base += 2 * stride) {
     float* a = x + base;
     float* b = a + stride;
@@ -74,7 +76,7 @@ QUAROT_INLINE void butterfly_stage(float* x, int64_t count, int64_t stride) {
 }
 
 /// Two stages in one pass over memory: strides `stride` and 2 * stride, a multiple of 16.
-QUAROT_INLINE void butterfly_two_stages(float* x, int64_t count, int64_t stride) {
+inline void butterfly_two_stages(float* x, int64_t count, int64_t stride) {
   for (int64_t base = 0; base < count; base += 4 * stride) {
     float* p = x + base;
     for (int64_t i = 0; i < stride; i += kLanes, p += kLanes) {
@@ -89,16 +91,17 @@ QUAROT_INLINE void butterfly_two_stages(float* x, int64_t count, int64_t stride)
   }
 }
 
-// ---- The factor --------------------------------------------------------------------------------------------------
+// ---- The factor ----
 
-/// Terms of a factor's sum that are added one after the other; then the sums of such runs are. Halves the error of
-/// long sums (K = 172) against one run.
+/// Terms of a factor's sum that are added one after the other; then the sums of such runs are.
+/// Halves the error of long sums (K = 172) against one run.
 inline constexpr int64_t kFactorRun = 16;
 
-/// Sums over b of column_block[b] * signs[b][a .. a + kOutputs), written to rows a .. of x[..][c .. c + 16).
+/// Sums over b of column_block[b] * signs[b][a .. a + kOutputs), written to rows a .. of x[..][c ..
+/// c + 16).
 template <int kOutputs>
-QUAROT_INLINE void factor_outputs(float* x, int64_t order, int64_t columns, int64_t a, int64_t c,
-                                  const float* signs, const float* column_block) {
+inline void factor_outputs(float* x, int64_t order, int64_t columns, int64_t a, int64_t c,
+                           const float* signs, const float* column_block) {
   F32 total[kOutputs];
 #pragma GCC unroll 4
   for (int o = 0; o < kOutputs; ++o) total[o] = f32(0.0f);
@@ -117,13 +120,14 @@ QUAROT_INLINE void factor_outputs(float* x, int64_t order, int64_t columns, int6
     for (int o = 0; o < kOutputs; ++o) total[o] = total[o] + run[o];
   }
 #pragma GCC unroll 4
-  for (int o = 0; o < kOutputs; ++o) store_upto<DType::f32>(x + (a + o) * columns, c, columns, total[o]);
+  for (int o = 0; o < kOutputs; ++o)
+    store_upto<DType::f32>(x + (a + o) * columns, c, columns, total[o]);
 }
 
 /// x[a][c] <- sum over b of x[b][c] * signs[b][a] for a block [K][columns].
 /// signs: [K][K] of +-1.0f. column_block: K * 16 floats.
-QUAROT_INLINE void apply_factor(float* x, int64_t order, int64_t columns, const float* signs,
-                                float* column_block) {
+inline void apply_factor(float* x, int64_t order, int64_t columns, const float* signs,
+                         float* column_block) {
   for (int64_t c = 0; c < columns; c += kLanes) {
     for (int64_t b = 0; b < order; ++b) {
       store(column_block + b * kLanes, load_upto<DType::f32>(x + b * columns, c, columns));
@@ -134,7 +138,7 @@ QUAROT_INLINE void apply_factor(float* x, int64_t order, int64_t columns, const 
   }
 }
 
-// ---- A row ---------------------------------------------------------------------------------------------------------
+// ---- A row ----
 
 /// A HadamardMatrix made ready for rows: make one a thread, apply it to many rows.
 class Transform {
@@ -149,8 +153,9 @@ class Transform {
     }
   }
 
-  /// Transforms x[0, n) in place; n is a multiple of size * inner. Reads up to 15 floats beyond n, as Scratch allows.
-  QUAROT_INLINE void operator()(float* x, int64_t n, int64_t inner = 1) const {
+  /// Transforms x[0, n) in place; n is a multiple of size * inner. Reads up to 15 floats beyond n,
+  /// as Scratch allows.
+  [[gnu::noinline]] void operator()(float* x, int64_t n, int64_t inner = 1) const {
     const int64_t power = size_ / order_;
     const int64_t columns = power * inner;
     int64_t stride = inner;
@@ -159,7 +164,7 @@ class Transform {
       for (int64_t i = 0; i < n; i += kLanes) store(x + i, butterflies(load(x + i), width));
       stride = width;
     }
-    for (int64_t block = 0; block < n; block += columns) {
+    for (int64_t block = 0; stride < columns && block < n; block += columns) {
       int64_t h = stride;
       if (h % kLanes == 0) {
         for (; h * 4 <= columns; h *= 4) butterfly_two_stages(x + block, columns, h);

@@ -1,15 +1,19 @@
-// Sixteen virtual lanes: F32 and I32 hold 16 values whatever the registers' width, so every ISA variant does
-// the same 16-lane arithmetic in the same order and gives the same bits (with -ffp-contract=off).
+// Sixteen virtual lanes: F32 and I32 hold 16 values whatever the registers' width, so every ISA
+// variant does the same 16-lane arithmetic in the same order and gives the same bits (with
+// -ffp-contract=off).
 //
-// Built on GCC's vector extensions, which g++ and clang++ lower by -march. F32 is one 64-byte vector on
-// AVX-512, a pair of halves on AVX2, a pair of pairs on SSE (GCC keeps vectors wider than a register in
-// memory, pairs in registers).
+// Built on GCC's vector extensions, which g++ and clang++ lower by -march. F32 is one 64-byte
+// vector on AVX-512, a pair of halves on AVX2, a pair of pairs on SSE (GCC keeps vectors wider than
+// a register in memory, pairs in registers).
 //
-// Only for *_isa.cpp files and headers they include. Everything here is in the variant's own namespace and
-// always inlined: nothing compiled for AVX-512 may be picked by the linker for a lesser processor.
-// For the same reason those files use no templates or inline functions of the standard library.
+// Only for *_isa.cpp files and headers they include. Everything here is in the variant's own
+// namespace: nothing compiled for AVX-512 may be picked by the linker for a lesser processor. For
+// the same reason those files use no templates or inline functions of the standard library. What
+// takes or returns vectors is always inlined, because how they are passed depends on the flags; a
+// function of pointers that does a row's work need not be, and should not where many kernels share
+// it.
 //
-// Loads and stores are unaligned. Tails use the same lanes: load_partial fills with zeros.
+// Loads and stores are unaligned. Tails use the same lanes: load_upto fills with zeros.
 #pragma once
 
 #include <cstddef>
@@ -29,7 +33,7 @@ namespace quarot::cpu::QUAROT_ISA {
 /// Lanes of every vector type here.
 inline constexpr int64_t kLanes = 16;
 
-// ---- Representation --------------------------------------------------------------------------------
+// ---- Representation ----
 
 #if defined(__AVX512F__)
 inline constexpr int kRegisterBytes = 64;
@@ -65,10 +69,10 @@ using F32 = Wide<float, 64>::type;    // 16 floats
 using I32 = Wide<int32_t, 64>::type;  // 16 int32
 static_assert(sizeof(F32) == 64 && sizeof(I32) == 64);
 
-#define QUAROT_PAIR_OPERATOR(op)                                   \
-  template <class V>                                               \
+#define QUAROT_PAIR_OPERATOR(op)                                          \
+  template <class V>                                                      \
   QUAROT_INLINE Pair<V> operator op(const Pair<V>& a, const Pair<V>& b) { \
-    return {a.lo op b.lo, a.hi op b.hi};                           \
+    return {a.lo op b.lo, a.hi op b.hi};                                  \
   }
 QUAROT_PAIR_OPERATOR(+)
 QUAROT_PAIR_OPERATOR(-)
@@ -97,7 +101,7 @@ QUAROT_INLINE Pair<V> operator>>(const Pair<V>& a, int bits) {
   return {a.lo >> bits, a.hi >> bits};
 }
 
-// ---- Element-wise functions, first on registers, then on pairs ----------------------------------------
+// ---- Element-wise functions, first on registers, then on pairs ----
 
 QUAROT_INLINE NativeI32 bits(NativeF32 a) { return (NativeI32)a; }
 QUAROT_INLINE NativeF32 from_bits(NativeI32 a) { return (NativeF32)a; }
@@ -126,7 +130,8 @@ QUAROT_INLINE auto to_f32(const Pair<V>& a) -> Pair<decltype(to_f32(a.lo))> {
 }
 /// All ones in lanes where a > b, else zero (also where a or b is NaN).
 template <class V>
-QUAROT_INLINE auto greater(const Pair<V>& a, const Pair<V>& b) -> Pair<decltype(greater(a.lo, b.lo))> {
+QUAROT_INLINE auto greater(const Pair<V>& a, const Pair<V>& b)
+    -> Pair<decltype(greater(a.lo, b.lo))> {
   return {greater(a.lo, b.lo), greater(a.hi, b.hi)};
 }
 template <class V>
@@ -144,10 +149,10 @@ QUAROT_INLINE Pair<V> min(const Pair<V>& a, const Pair<V>& b) {
   return {min(a.lo, b.lo), min(a.hi, b.hi)};
 }
 
-// ---- Broadcast, fp32 and int32 memory ------------------------------------------------------------------
+// ---- Broadcast, fp32 and int32 memory ----
 
-// Pairs go half by half: GCC 12 copies them as a whole through memory in 16-byte pieces, and the wide load of what
-// narrow stores just wrote stalls.
+// Pairs go half by half: GCC 12 copies them as a whole through memory in 16-byte pieces, and the
+// wide load of what narrow stores just wrote stalls.
 template <class V>
 struct Memory {
   static QUAROT_INLINE V load(const void* p) {
@@ -194,7 +199,7 @@ QUAROT_INLINE I32 load(const int32_t* p) { return load_as<I32>(p); }
 QUAROT_INLINE void store(float* p, const F32& v) { store_as(p, v); }
 QUAROT_INLINE void store(int32_t* p, const I32& v) { store_as(p, v); }
 
-// ---- Selection and rounding ------------------------------------------------------------------------------
+// ---- Selection and rounding ----
 
 /// yes where the mask (of `greater`, `equal`) is set, else no.
 QUAROT_INLINE I32 select(const I32& mask, const I32& yes, const I32& no) {
@@ -205,14 +210,15 @@ QUAROT_INLINE F32 select(const I32& mask, const F32& yes, const F32& no) {
 }
 QUAROT_INLINE F32 abs(const F32& a) { return from_bits(bits(a) & i32(0x7fffffff)); }
 
-/// 1.5 * 2^23: adding it to |a| <= 2^22 rounds a to an integer, to nearest even, in the low mantissa bits.
+/// 1.5 * 2^23: adding it to |a| <= 2^22 rounds a to an integer, to nearest even, in the low
+/// mantissa bits.
 inline constexpr float kRound = 12582912.0f;
 
 /// Rounds to the nearest integer, ties to even; exact for |a| <= 2^22.
 QUAROT_INLINE I32 rint_i32(const F32& a) { return bits(a + f32(kRound)) - bits(f32(kRound)); }
 QUAROT_INLINE F32 rint(const F32& a) { return (a + f32(kRound)) - f32(kRound); }
 
-// ---- Narrow integers in memory ----------------------------------------------------------------------------
+// ---- Narrow integers in memory ----
 
 // In two steps: GCC 12 splits a conversion between types of 1 and 4 bytes into scalars.
 typedef int8_t I8x16 __attribute__((vector_size(16)));
@@ -265,7 +271,7 @@ QUAROT_INLINE I32 load_u4(const uint8_t* p) {
 /// Loads 8 bytes as 16 two's complement nibbles in [-8, 7], the low nibble first.
 QUAROT_INLINE I32 load_i4(const uint8_t* p) { return (load_u4(p) ^ i32(8)) - i32(8); }
 
-// ---- fp16 and bf16 -----------------------------------------------------------------------------------------
+// ---- fp16 and bf16 ----
 
 /// bf16 bits in the low half of each lane -> fp32, exact.
 QUAROT_INLINE F32 bf16_to_f32(const I32& h) { return from_bits(h << 16); }
@@ -284,8 +290,8 @@ QUAROT_INLINE F32 f16_to_f32(const I32& h) {
   const I32 normal = (magnitude << 13) + i32((127 - 15) << 23);
   const I32 subnormal = bits(to_f32(magnitude) * f32(0x1p-24f));
   // Infinity keeps its mantissa, NaN becomes quiet, as vcvtph2ps does.
-  const I32 special = (magnitude << 13) | i32(0x7f800000) |
-                      (greater(magnitude, i32(0x7c00)) & i32(0x00400000));
+  const I32 special =
+      (magnitude << 13) | i32(0x7f800000) | (greater(magnitude, i32(0x7c00)) & i32(0x00400000));
   const I32 finite = select(greater(i32(0x0400), magnitude), subnormal, normal);
   return from_bits(sign | select(greater(magnitude, i32(0x7bff)), special, finite));
 }
@@ -348,37 +354,32 @@ QUAROT_INLINE void store(void* data, int64_t i, const F32& v) {
 template <DType kDtype>
 inline constexpr int64_t kBytes = kDtype == DType::f32 ? 4 : 2;
 
-/// Loads `count` < 16 elements; the other lanes are +0.
-template <DType kDtype>
-QUAROT_INLINE F32 load_partial(const void* data, int64_t i, int64_t count) {
-  alignas(64) char buffer[64] = {};
-  __builtin_memcpy(buffer, static_cast<const char*>(data) + i * kBytes<kDtype>,
-                   static_cast<size_t>(count * kBytes<kDtype>));
-  return load<kDtype>(buffer, 0);
-}
-/// Stores the first `count` < 16 lanes.
-template <DType kDtype>
-QUAROT_INLINE void store_partial(void* data, int64_t i, const F32& v, int64_t count) {
-  alignas(64) char buffer[64];
-  store<kDtype>(buffer, 0, v);
-  __builtin_memcpy(static_cast<char*>(data) + i * kBytes<kDtype>, buffer,
-                   static_cast<size_t>(count * kBytes<kDtype>));
-}
-/// load or load_partial, whichever `n` - i elements ask for.
+/// Elements [i, min(i + 16, n)); the other lanes are +0. A tail goes through a buffer, and only the
+/// address depends on it: a vector that comes from two branches would go through memory each time.
 template <DType kDtype>
 QUAROT_INLINE F32 load_upto(const void* data, int64_t i, int64_t n) {
-  return n - i >= kLanes ? load<kDtype>(data, i) : load_partial<kDtype>(data, i, n - i);
+  alignas(64) char buffer[64];
+  const char* p = static_cast<const char*>(data) + i * kBytes<kDtype>;
+  if (n - i < kLanes) [[unlikely]] {
+    __builtin_memset(buffer, 0, sizeof buffer);
+    __builtin_memcpy(buffer, p, static_cast<size_t>((n - i) * kBytes<kDtype>));
+    p = buffer;
+  }
+  return load<kDtype>(p, 0);
 }
+/// Stores elements [i, min(i + 16, n)).
 template <DType kDtype>
 QUAROT_INLINE void store_upto(void* data, int64_t i, int64_t n, const F32& v) {
-  if (n - i >= kLanes) {
-    store<kDtype>(data, i, v);
-  } else {
-    store_partial<kDtype>(data, i, v, n - i);
+  alignas(64) char buffer[64];
+  char* p = static_cast<char*>(data) + i * kBytes<kDtype>;
+  const bool tail = n - i < kLanes;
+  store<kDtype>(tail ? buffer : p, 0, v);
+  if (tail) [[unlikely]] {
+    __builtin_memcpy(p, buffer, static_cast<size_t>((n - i) * kBytes<kDtype>));
   }
 }
 
-// ---- Reductions over the lanes, in one fixed order: halves, quarters, ... -------------------------------------
+// ---- Reductions over the lanes, in one fixed order: halves, quarters, ... ----
 
 /// Sum of the 16 lanes.
 QUAROT_INLINE float reduce_add(const F32& v) {
@@ -418,10 +419,10 @@ QUAROT_INLINE int32_t reduce_max(const I32& v) {
   return best;
 }
 
-// ---- Transcendental functions ------------------------------------------------------------------------------------
+// ---- Transcendental functions ----
 
-/// e^a, within 2 ulp (correct infinities, zeros, NaN and gradual underflow). Cody-Waite reduction to
-/// |r| <= ln(2)/2, then the Taylor series to r^7, whose remainder is below 2^-27.
+/// e^a, within 2 ulp (correct infinities, zeros, NaN and gradual underflow). Cody-Waite reduction
+/// to |r| <= ln(2)/2, then the Taylor series to r^7, whose remainder is below 2^-27.
 QUAROT_INLINE F32 exp(const F32& a) {
   // Beyond these bounds the result is 0 or infinity anyway. The order of arguments keeps NaN out.
   const F32 x = min(max(a, f32(-104.0f)), f32(89.0f));
@@ -438,12 +439,14 @@ QUAROT_INLINE F32 exp(const F32& a) {
   // 2^n in two factors: n reaches -150 and 128, beyond a float's exponent.
   const I32 k = rint_i32(n);
   const I32 half = k >> 1;
-  const F32 result = (p * from_bits((half + i32(127)) << 23)) * from_bits((k - half + i32(127)) << 23);
+  const F32 result =
+      (p * from_bits((half + i32(127)) << 23)) * from_bits((k - half + i32(127)) << 23);
   return select(equal(a, a), result, a);
 }
 
-/// erf(a), within 3 ulp. |a| < 1: a * P(a^2); else 1 - e^(-a^2) * Q(1 / (1 + |a| / 2)). P and Q interpolate
-/// erf(a) / a and erfc(a) e^(a^2) at Chebyshev nodes of [0, 1] and of the range of |a| in [1, 4.2]; erf is 1 beyond.
+/// erf(a), within 3 ulp. |a| < 1: a * P(a^2); else 1 - e^(-a^2) * Q(1 / (1 + |a| / 2)). P and Q
+/// interpolate erf(a) / a and erfc(a) e^(a^2) at Chebyshev nodes of [0, 1] and of the range of |a|
+/// in [1, 4.2]; erf is 1 beyond.
 QUAROT_INLINE F32 erf(const F32& a) {
   const F32 x = min(abs(a), f32(4.2f));
   const F32 square = x * x;
@@ -469,14 +472,15 @@ QUAROT_INLINE F32 erf(const F32& a) {
   return select(equal(a, a), result, a);
 }
 
-// ---- Scratch memory ----------------------------------------------------------------------------------------------
+// ---- Scratch memory ----
 
 /// A 64-byte aligned, uninitialised array of floats, with room for one vector beyond `count`.
 class Scratch {
  public:
   explicit Scratch(int64_t count)
-      : data_(static_cast<float*>(::operator new(static_cast<size_t>(count + kLanes) * sizeof(float),
-                                                 static_cast<std::align_val_t>(64)))) {}
+      : data_(
+            static_cast<float*>(::operator new(static_cast<size_t>(count + kLanes) * sizeof(float),
+                                               static_cast<std::align_val_t>(64)))) {}
   ~Scratch() { ::operator delete(data_, static_cast<std::align_val_t>(64)); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

@@ -15,5 +15,7 @@ def describe(config: Any) -> Architecture:
     """Return the architecture of a transformers config; ValueError if it is not in the registry."""
     model_type = getattr(config, "model_type", None)
     if model_type not in ARCHITECTURES:
-        raise ValueError(f"model: got model_type {model_type!r}, needs one of {sorted(ARCHITECTURES)}")
+        raise ValueError(
+            f"model: got model_type {model_type!r}, needs one of {sorted(ARCHITECTURES)}"
+        )
     return ARCHITECTURES[model_type]

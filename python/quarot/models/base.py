@@ -67,7 +67,9 @@ class Architecture:
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         if heads % kv_heads:
-            raise ValueError(f"num_key_value_heads: got {kv_heads}, needs a divisor of {heads} heads")
+            raise ValueError(
+                f"num_key_value_heads: got {kv_heads}, needs a divisor of {heads} heads"
+            )
         layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
         if layer_types != {"full_attention"}:
             raise ValueError(f"layer_types: got {sorted(layer_types)}, needs full_attention only")

@@ -119,9 +119,12 @@ class DecoderLayer(nn.Module):
         self.fused = False
 
     def _parts(self, name: str) -> list[CanonicalLinear]:
-        parts = [self.get_submodule(path) for path in self._linears[name]]
-        assert all(isinstance(part, CanonicalLinear) for part in parts)  # nothing else can be put
-        return parts  # type: ignore[return-value]
+        parts = []
+        for path in self._linears[name]:
+            part = self.get_submodule(path)
+            assert isinstance(part, CanonicalLinear)  # the tree lets nothing else in its place
+            parts.append(part)
+        return parts
 
     def _kernel(self, name: str) -> QuantizedLinear:
         kernel = self.kernels[name]
@@ -182,12 +185,12 @@ class DecoderLayer(nn.Module):
             raise RuntimeError(f"weights: layer {self.index} is not fused; call fuse() first")
         if position_embeddings is None:
             raise ValueError("position_embeddings: got None, needs (cos, sin)")
-        ops, geometry = backend_ops(self.backend), self.geometry
+        ops, geometry, dtype = backend_ops(self.backend), self.geometry, hidden_states.dtype
 
         x = ops.rmsnorm_quantize(
             hidden_states, self._norm("attention_norm"), geometry.norm_eps, **self._codes("qkv")
         )
-        qkv = self._multiply("qkv", x, None, hidden_states)
+        qkv = self.kernels["qkv"](*x, out_dtype=dtype)
         heads = qkv.unflatten(-1, (-1, geometry.head_dim))
         q, k, v = heads.split([geometry.heads, geometry.kv_heads, geometry.kv_heads], dim=2)
         if self.architecture.q_norm is not None:
@@ -196,16 +199,16 @@ class DecoderLayer(nn.Module):
             k = ops.rmsnorm_quantize(k, self._norm("k_norm"), geometry.norm_eps, bits=16)[0]
         mixed = self._attend(q, k, v, position_embeddings, attention_mask, past_key_values)
         x = ops.head_hadamard_quantize(mixed, self.head_block, **self._codes("o"))
-        hidden_states = self._multiply("o", x, hidden_states, hidden_states)
+        hidden_states = self.kernels["o"](*x, hidden_states, out_dtype=dtype)
 
         x = ops.rmsnorm_quantize(
             hidden_states, self._norm("mlp_norm"), geometry.norm_eps, **self._codes("up_gate")
         )
-        gate_up = self._multiply("gate_up", x, None, hidden_states)
+        gate_up = self.kernels["gate_up"](*x, out_dtype=dtype)
         x = ops.glu_hadamard_quantize(
             gate_up, geometry.activation, self.r4_size, **self._codes("down")
         )
-        return self._multiply("down", x, hidden_states, hidden_states)
+        return self.kernels["down"](*x, hidden_states, out_dtype=dtype)
 
     def _attend(
         self,
@@ -271,15 +274,6 @@ class DecoderLayer(nn.Module):
             "symmetric": config.a_symmetric,
             "clip": config.clip(site, self.index),
         }
-
-    def _multiply(
-        self,
-        name: str,
-        x: tuple[Tensor, Tensor | None, Tensor | None],
-        residual: Tensor | None,
-        like: Tensor,
-    ) -> Tensor:
-        return self.kernels[name](*x, residual, out_dtype=like.dtype)
 
 
 def _fuse_again(layer: nn.Module, incompatible_keys: Any) -> None:

@@ -11,7 +11,7 @@ scale * (code - zero). Packed int4 is uint8 [..., n/2] with the even index in th
 ops compute in float32, and round nothing to 16 bits between the steps of a fused op.
 
 Every function raises RuntimeError naming the argument, what it got and what it needs (ValueError
-for a size without a Hadamard matrix).
+for a size without a Hadamard matrix). Above 300 lines: half of them say what the ops do.
 """
 
 from __future__ import annotations

@@ -41,19 +41,31 @@ def _load() -> None:
         ) from error
 
 
-def _register_fallback(op: str) -> None:
+def _fallback(op: str) -> Callable[..., Any]:
+    """Return the op's reference, called with the schema's arguments, noting its first use.
+
+    It raises RuntimeError if the tensors are on several devices, as a kernel does.
+    """
     function = getattr(reference, op)
     names = list(inspect.signature(function).parameters)  # the order of the schema
     noted: set[str] = set()
 
-    def fallback(*args: Any) -> Any:
-        device = args[0].device.type
-        if device not in noted:
-            noted.add(device)
-            _log.warning("quarot::%s has no kernel for %s: its reference runs there", op, device)
+    def run(*args: Any) -> Any:
+        device = args[0].device
+        for name, value in zip(names, args, strict=True):
+            if isinstance(value, Tensor) and value.device != device:
+                raise RuntimeError(
+                    f"quarot::{op}: {name} must be on the device of {names[0]}, {device}; "
+                    f"got {value.device}"
+                )
+        if device.type not in noted:
+            noted.add(device.type)
+            _log.warning(
+                "quarot::%s has no kernel for %s: its reference runs there", op, device.type
+            )
         return function(**dict(zip(names, args, strict=True)))
 
-    _fallbacks.impl(op, fallback, "CompositeExplicitAutograd")
+    return run
 
 
 def _fake_quantized(
@@ -185,4 +197,4 @@ _load()
 _fallbacks = torch.library.Library("quarot", "IMPL")
 for _op, _fake in _FAKES.items():
     torch.library.register_fake(f"quarot::{_op}")(_fake)
-    _register_fallback(_op)
+    _fallbacks.impl(_op, _fallback(_op), "CompositeExplicitAutograd")

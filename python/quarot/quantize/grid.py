@@ -47,7 +47,8 @@ def weight_scales(
         float32 [out, in / group] (one column when group is 0), all finite and above 0.
 
     Raises:
-        ValueError: bits is not 4, w is not a finite matrix, or group does not divide its columns.
+        ValueError: bits is not 4, w is not a finite matrix, group does not divide its columns, or
+            weights is not one number a column.
     """
     if bits != 4:
         raise ValueError(f"bits: got {bits}, needs 4")
@@ -56,6 +57,10 @@ def weight_scales(
     rows, columns = w.shape
     if group < 0 or (group and columns % group):
         raise ValueError(f"group: got {group} for {columns} input columns, needs a divisor of them")
+    if weights is not None and weights.shape != (columns,):
+        raise ValueError(
+            f"weights: got {list(weights.shape)}, needs one number a column, [{columns}]"
+        )
     groups = columns // group if group else 1
     importance = None if weights is None else weights.float().reshape(groups, -1)
     scales = w.new_empty((rows, groups), dtype=torch.float32)
@@ -92,7 +97,7 @@ def _scale(amax: Tensor, shrink: Tensor) -> Tensor:
 def _search(x: Tensor, amax: Tensor, norm: float, importance: Tensor | None) -> Tensor:
     """Return the shrink factor of least error, [rows, groups], for x [rows, groups, width].
 
-    A power costs five times the rest of a trial. Where norm > 2, Hoelder's inequality bounds the
+    A power costs five times the rest of a trial. Where norm > 2, Hölder's inequality bounds the
     error from below by the squares, sum |e|^norm >= width^(1 - norm / 2) (sum e^2)^(norm / 2), so
     that every factor is tried with squares and about one in four with the power.
     """

@@ -1,0 +1,180 @@
+"""Every instruction-set variant of the CPU kernels gives the same bits (DESIGN section 4).
+
+A variant is chosen once a process, so each runs in a subprocess with QUAROT_CPU_ISA and saves what
+all ops return on the same seeded inputs; the files are compared with baseline's.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from quarot import ops
+
+_C = pytest.importorskip("quarot._C", reason="the library is not built")
+
+VARIANTS = ("avx2", "avx512")
+QUANTIZERS = (
+    {"bits": 4, "symmetric": True, "clip": 0.9},
+    {"bits": 4, "symmetric": False, "clip": 1.0, "packed": True},
+    {"bits": 8, "symmetric": False, "clip": 0.95, "group": 8},
+)
+
+
+def spawn(isa: str, path: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, __file__, str(path)],
+        env={**os.environ, "QUAROT_CPU_ISA": isa, "OMP_NUM_THREADS": "2"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(isa: str, path: Path) -> None:
+    """Save the results of a variant in a file, and check that it was the one that ran."""
+    process = spawn(isa, path)
+    assert process.returncode == 0, process.stdout
+    assert process.stdout.split()[-1] == isa
+
+
+def results() -> Iterator[tuple[str, Tensor | None]]:
+    """Yield (name, tensor) of every op on CPU, for shapes with and without tails."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for n in (56, 64, 576, 1536):
+            name = f"{dtype} {n}"
+            x = randn(5, n, dtype=dtype)
+            x[1] *= 1e-3
+            x[2, 3] = torch.nan
+            gate_up = randn(5, 2 * n, dtype=dtype) * 4
+            yield f"hadamard {name}", ops.hadamard(x)
+            for i, options in enumerate(QUANTIZERS):
+                outputs = {
+                    "quantize": ops.quantize(x, **options),
+                    "hadamard_quantize": ops.hadamard_quantize(x, **options),
+                    "rmsnorm_quantize": ops.rmsnorm_quantize(x, randn(n), 1e-5, **options),
+                    "head_hadamard_quantize": ops.head_hadamard_quantize(
+                        x.reshape(5, 4, n // 4), None, **options
+                    ),
+                }
+                for activation in ("silu", "gelu", "gelu_tanh"):
+                    outputs[f"glu_hadamard_quantize {activation}"] = ops.glu_hadamard_quantize(
+                        gate_up, activation, None, **options
+                    )
+                for op, output in outputs.items():
+                    for j, tensor in enumerate(output):
+                        yield f"{op} {name} {i} output {j}", tensor
+                codes, scale, zero = outputs["quantize"]
+                for out_dtype in (torch.float32, torch.float16, torch.bfloat16):
+                    yield (
+                        f"dequantize {name} {i} {out_dtype}",
+                        ops.dequantize(codes, scale, zero, dtype=out_dtype),
+                    )
+    codes = torch.randint(-8, 8, (7, 94), dtype=torch.int8, generator=generator)
+    yield "pack_int4", ops.pack_int4(codes)
+    yield "unpack_int4", ops.unpack_int4(ops.pack_int4(codes))
+    yield from linear(randn, generator)
+    for bits in (4, 8):
+        yield from cached_attention(bits, randn)
+
+
+def linear(
+    randn: Callable[..., Tensor], generator: torch.Generator
+) -> Iterator[tuple[str, Tensor]]:
+    for m, n, k, groups in ((1, 33, 64, 1), (7, 80, 256, 4), (40, 48, 1536, 1)):
+        weight = torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=generator)
+        w_scale = torch.rand(n, groups, generator=generator)
+        w_sum = weight.reshape(n, groups, -1).sum(-1, dtype=torch.int32)
+        w = ops.prepack_int4(ops.pack_int4(weight))
+        yield f"prepack_int4 {n} {k}", w
+        yield f"unprepack_int4 {n} {k}", ops.unprepack_int4(w, n, k)
+        x, scale, zero = ops.quantize(randn(m, k), 8, symmetric=False)
+        for dtype in (torch.float32, torch.bfloat16):
+            yield (
+                f"linear_int4 {m} {n} {k} {dtype}",
+                ops.linear_int4(
+                    x, scale, zero, w, w_scale, w_sum, randn(n), randn(m, n), out_dtype=dtype
+                ),
+            )
+
+
+def cached_attention(bits: int, randn: Callable[..., Tensor]) -> Iterator[tuple[str, Tensor]]:
+    batch, heads, kv_heads, dim, capacity = 2, 4, 2, 64, 40
+
+    def empty() -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            torch.zeros(batch, kv_heads, capacity, dim * bits // 8, dtype=torch.uint8),
+            torch.zeros(batch, kv_heads, capacity, dtype=torch.float16),
+            torch.zeros(batch, kv_heads, capacity, dtype=torch.uint8),
+        )
+
+    k_cache, v_cache = empty(), empty()
+    start = 0
+    for tokens in (21, 1):
+        q = randn(batch, tokens, heads, dim)
+        k, v = randn(batch, tokens, kv_heads, dim), randn(batch, tokens, kv_heads, dim)
+        angle = randn(batch, tokens, dim // 2).repeat(1, 1, 2)
+        q = ops.rope_hadamard_kv_append(
+            q, k, v, angle.cos(), angle.sin(), *k_cache, *v_cache,
+            torch.full((batch,), start, dtype=torch.int32), bits=bits, size=dim,
+        )  # fmt: skip
+        start += tokens
+        yield f"rope {bits} {tokens}", q
+        yield (
+            f"attention {bits} {tokens}",
+            ops.attention(
+                q, *k_cache, *v_cache, torch.full((batch,), start, dtype=torch.int32),
+                bits=bits, scale=dim**-0.5,
+            ),
+        )  # fmt: skip
+    for i, tensor in enumerate((*k_cache, *v_cache)):
+        yield f"cache {bits} {i}", tensor
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor | None]:
+    path = tmp_path_factory.mktemp("isa") / "baseline.pt"
+    run("baseline", path)
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("isa", VARIANTS)
+def test_variant_equals_baseline(
+    isa: str, baseline: dict[str, Tensor | None], tmp_path: Path
+) -> None:
+    if isa not in _C.cpu_isas:
+        pytest.skip(f"this processor or build has no {isa}")
+    run(isa, tmp_path / "variant.pt")
+    variant = torch.load(tmp_path / "variant.pt", weights_only=True)
+    assert variant.keys() == baseline.keys() and len(variant) > 100
+    for name, expected in baseline.items():
+        actual = variant[name]
+        if expected is None or actual is None:
+            assert actual is expected, name
+            continue
+        assert actual.dtype == expected.dtype and actual.shape == expected.shape, name
+        same = actual.contiguous().view(torch.uint8) == expected.contiguous().view(torch.uint8)
+        assert same.all(), f"{name}: {(~same).sum()} bytes of {same.numel()} differ"
+
+
+def test_unknown_variant_is_an_error_of_the_import(tmp_path: Path) -> None:
+    process = spawn("sse9", tmp_path / "never.pt")
+    assert process.returncode != 0
+    assert "QUAROT_CPU_ISA must be baseline, avx2 or avx512; got 'sse9'" in process.stdout
+
+
+if __name__ == "__main__":
+    torch.save(dict(results()), sys.argv[1])
+    print(_C.cpu_isa)
