@@ -90,11 +90,13 @@ Tensor rope_hadamard_kv_append(const Tensor& q, const Tensor& k, const Tensor& v
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quarot, CPU, m) {
-  m.impl("rope_hadamard_kv_append", TORCH_BOX(&rope_hadamard_kv_append<&cpu::rope_hadamard_kv_append>));
+  m.impl("rope_hadamard_kv_append",
+         TORCH_BOX(&rope_hadamard_kv_append<&cpu::rope_hadamard_kv_append>));
 }
 #ifdef QUAROT_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(quarot, CUDA, m) {
-  m.impl("rope_hadamard_kv_append", TORCH_BOX(&rope_hadamard_kv_append<&cuda::rope_hadamard_kv_append>));
+  m.impl("rope_hadamard_kv_append",
+         TORCH_BOX(&rope_hadamard_kv_append<&cuda::rope_hadamard_kv_append>));
 }
 #endif
 

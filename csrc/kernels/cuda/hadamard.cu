@@ -1,17 +1,17 @@
-// hadamard on CUDA: out = scale * x * (I (x) H (x) I). The maths, the layout and the parallelisation are in
-// device/transform.cuh; here a transform block is a row of its own, so that rows of several blocks need no more memory.
+// hadamard on CUDA: out = scale * x * (I (x) H (x) I).
+//
+// The maths, the layout and the parallelisation are in device/transform.cuh; here a transform block
+// is a row of its own, so that rows of several blocks need no more memory.
+//
 // Bound: memory, each element read and written once.
-#include "kernels/hadamard.h"
-
 #include <cuda_runtime.h>
-
-#include <string>
 
 #include "kernels/cuda/device/any_transform.cuh"
 #include "kernels/cuda/device/launch.cuh"
 #include "kernels/cuda/device/sinks.cuh"
 #include "kernels/cuda/device/sources.cuh"
 #include "kernels/cuda/device/transform.cuh"
+#include "kernels/hadamard.h"
 
 namespace quarot::cuda {
 namespace {
@@ -20,18 +20,22 @@ template <DType kDtype>
 void hadamard_of(const HadamardArgs& args, Stream stream) {
   const RowSource<kDtype> source{args.x.data, args.x.row_stride};
   TransformPlan plan{};
-  const bool aligned = chunks_are_aligned(args.x) && reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
-  if (aligned && plan_transform(plan, args.matrix, args.x.rows, args.x.n, 1, source.kOperands, 0, 0)) {
+  const bool aligned =
+      chunks_are_aligned(args.x) && reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
+  if (aligned &&
+      plan_transform(plan, args.matrix, args.x.rows, args.x.n, 1, source.kOperands, 0, 0)) {
     launch_transform(plan, source, StoreSink<kDtype>{args.out}, stream);
     return;
   }
-  launch_any(args.matrix, args.x.rows, args.x.n, 1, source, AnyStore<kDtype>{args.out}, stream, "hadamard");
+  launch_any(args.matrix, args.x.rows, args.x.n, 1, source, AnyStore<kDtype>{args.out}, stream,
+             "hadamard");
 }
 
 }  // namespace
 
 void hadamard(const HadamardArgs& args, Stream stream) {
-  QUAROT_ASSERT(args.matrix.size >= 1 && args.x.n % args.matrix.size == 0, "hadamard: size must divide the row");
+  QUAROT_ASSERT(args.matrix.size >= 1 && args.x.n % args.matrix.size == 0,
+                "hadamard: size must divide the row");
   if (args.x.rows == 0 || args.x.n == 0) return;
   HadamardArgs a = args;
   if (a.x.row_stride == a.x.n || a.x.rows == 1) {  // dense: blocks follow each other
@@ -39,9 +43,12 @@ void hadamard(const HadamardArgs& args, Stream stream) {
     a.x.n = a.x.row_stride = a.matrix.size;
   }
   switch (a.x.dtype) {
-    case DType::f32: return hadamard_of<DType::f32>(a, stream);
-    case DType::f16: return hadamard_of<DType::f16>(a, stream);
-    case DType::bf16: return hadamard_of<DType::bf16>(a, stream);
+    case DType::f32:
+      return hadamard_of<DType::f32>(a, stream);
+    case DType::f16:
+      return hadamard_of<DType::f16>(a, stream);
+    case DType::bf16:
+      return hadamard_of<DType::bf16>(a, stream);
   }
   QUAROT_ASSERT(false, "hadamard: no such dtype");
 }

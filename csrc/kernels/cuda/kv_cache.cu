@@ -1,13 +1,14 @@
 // rope_hadamard_kv_append on CUDA. Maths and layouts: kernels/kv_cache.h.
 //
-// head_kernel: head_dim = 16 L, a power of two, rotary = head_dim, transform of the whole head or none. L lanes hold a
-// head; lane l has dimensions 8l ... 8l + 7 and, in the other half, head_dim / 2 + 8l ..., so that RoPE, and all butterflies
-// but log2 L, stay in registers; the others are shuffles. A block holds a token's cosines and sines in registers and walks over
-// its heads: queries, keys, values. Few tokens: several blocks a token.
+// head_kernel: head_dim = 16 L, a power of two, rotary = head_dim, transform of the whole head or
+// none. L lanes hold a head; lane l has dimensions 8 l ... 8 l + 7 of each half, so that RoPE and
+// all butterflies but log2 L stay in registers; the others are shuffles. A block holds a token's
+// cosines and sines in registers and walks over its heads: queries, keys, values. Few tokens:
+// several blocks a token.
+//
 // any_head_kernel: all other shapes; a warp a head, in shared memory.
+//
 // Bound: memory; a decode step is a few kilobytes, bound by the launch.
-#include "kernels/kv_cache.h"
-
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -16,18 +17,19 @@
 #include "kernels/cuda/device/launch.cuh"
 #include "kernels/cuda/device/reduce.cuh"
 #include "kernels/cuda/device/vec.cuh"
+#include "kernels/kv_cache.h"
 
 namespace quarot::cuda {
 namespace {
 
-// ---- Config ---------------------------------------------------------------------------------------------
+// ---- Config -------------------------------------------------------------------------------------
 
 constexpr int kThreads = 128;
 constexpr float kScaleMin = 0x1p-14f;  // the smallest normal fp16
 constexpr float kScaleMax = 65504.0f;  // the largest
 constexpr uint16_t kNaN16 = 0x7e00;
 
-// ---- Device helpers ----------------------------------------------------------------------------------------
+// ---- Device helpers -----------------------------------------------------------------------------
 
 /// Which vector a group of lanes works on: a query, a key or a value head.
 struct Head {
@@ -38,12 +40,15 @@ struct Head {
 
 __device__ __forceinline__ Head head_of(const KvAppendArgs& a, int64_t b, int64_t s, int vector) {
   const int heads = static_cast<int>(a.heads), kv_heads = static_cast<int>(a.kv_heads);
-  const auto at = [&](const HeadVectors& x, int h) { return b * x.batch_stride + s * x.seq_stride + h * x.head_stride; };
+  const auto at = [&](const HeadVectors& x, int h) {
+    return b * x.batch_stride + s * x.seq_stride + h * x.head_stride;
+  };
   if (vector < heads) return {at(a.q, vector), ((b * a.seq + s) * heads + vector) * a.head_dim, 0};
   const bool key = vector < heads + kv_heads;
   const int h = vector - heads - (key ? 0 : kv_heads);
   const int64_t position = a.start[b] + s;
-  const int64_t slot = position < 0 || position >= a.capacity ? -1 : (b * kv_heads + h) * a.capacity + position;
+  const int64_t slot =
+      position < 0 || position >= a.capacity ? -1 : (b * kv_heads + h) * a.capacity + position;
   return {at(key ? a.k : a.v, h), slot, key ? 1 : 2};
 }
 
@@ -51,17 +56,21 @@ __device__ __forceinline__ const void* data_of(const KvAppendArgs& a, int kind) 
   return kind == 0 ? a.q.data : kind == 1 ? a.k.data : a.v.data;
 }
 
-/// The grid of a head whose range is given: codes = clamp(rint(x * inv), low, high) + shift, shift the zero point.
+/// The grid of a head whose range is given: codes = clamp(rint(x * inv), low, high) + shift, shift
+/// the zero point.
 struct KvGrid {
   Grid grid;
   uint16_t scale16;
 };
 __device__ __forceinline__ KvGrid kv_grid(const Range& range, float clip, int bits) {
-  if (range.high >= kInfinityBits || range.low >= kInfinityBits) return {{0.0f, 0.0f, 0.0f, 0.0f, 0}, kNaN16};
-  const float hi = __fmul_rn(clip, __int_as_float(range.high)), lo = -__fmul_rn(clip, __int_as_float(range.low));
+  if (range.high >= kInfinityBits || range.low >= kInfinityBits)
+    return {{0.0f, 0.0f, 0.0f, 0.0f, 0}, kNaN16};
+  const float hi = __fmul_rn(clip, __int_as_float(range.high)),
+              lo = -__fmul_rn(clip, __int_as_float(range.low));
   const float top = static_cast<float>((1 << bits) - 1);
   const float ratio = __fdiv_rn(__fsub_rn(hi, lo), top);
-  const auto scale16 = static_cast<uint16_t>(pack_f16x2(fminf(fmaxf(ratio, kScaleMin), kScaleMax), 0.0f));
+  const auto scale16 =
+      static_cast<uint16_t>(pack_f16x2(fminf(fmaxf(ratio, kScaleMin), kScaleMax), 0.0f));
   const float scale = f16_to_float(scale16);
   const float inv = __fdiv_rn(1.0f, scale);
   const float zero = fminf(rintf(__fmul_rn(-lo, inv)), top);
@@ -73,11 +82,15 @@ __device__ __forceinline__ void store_grid(const KvCache& cache, int64_t slot, c
   cache.zero[slot] = static_cast<uint8_t>(g.grid.shift);
 }
 
-__device__ __forceinline__ void load_angles(float (&v)[kChunk], DType dtype, const void* data, int64_t i) {
+__device__ __forceinline__ void load_angles(float (&v)[kChunk], DType dtype, const void* data,
+                                            int64_t i) {
   switch (dtype) {
-    case DType::f32: return to_floats<DType::f32>(v, load_chunk<DType::f32>(data, i));
-    case DType::f16: return to_floats<DType::f16>(v, load_chunk<DType::f16>(data, i));
-    case DType::bf16: return to_floats<DType::bf16>(v, load_chunk<DType::bf16>(data, i));
+    case DType::f32:
+      return to_floats<DType::f32>(v, load_chunk<DType::f32>(data, i));
+    case DType::f16:
+      return to_floats<DType::f16>(v, load_chunk<DType::f16>(data, i));
+    case DType::bf16:
+      return to_floats<DType::bf16>(v, load_chunk<DType::bf16>(data, i));
   }
 }
 
@@ -95,8 +108,8 @@ __device__ __forceinline__ void butterflies8(float (&v)[kChunk]) {
   }
 }
 
-__device__ __forceinline__ void store_kv_codes(uint8_t* codes, int64_t i, int bits, const float (&v)[kChunk],
-                                               const Grid& grid) {
+__device__ __forceinline__ void store_kv_codes(uint8_t* codes, int64_t i, int bits,
+                                               const float (&v)[kChunk], const Grid& grid) {
   uint32_t c[kChunk];
 #pragma unroll
   for (int e = 0; e < kChunk; ++e) c[e] = code_bits(v[e], grid);
@@ -108,11 +121,12 @@ __device__ __forceinline__ void store_kv_codes(uint8_t* codes, int64_t i, int bi
   }
 }
 
-// ---- Kernels ---------------------------------------------------------------------------------------------------
+// ---- Kernels ------------------------------------------------------------------------------------
 
 /// Grid: tokens * splits. kLanes = head_dim / 16.
 template <DType kDtype, int kLanes>
-__global__ void __launch_bounds__(kThreads) head_kernel(const __grid_constant__ KvAppendArgs a, int splits) {
+__global__ void __launch_bounds__(kThreads)
+    head_kernel(const __grid_constant__ KvAppendArgs a, int splits) {
   constexpr int kHeadDim = 16 * kLanes;
   constexpr int kGroups = kThreads / kLanes;
   const int64_t token = blockIdx.x / static_cast<unsigned>(splits);
@@ -173,7 +187,8 @@ __global__ void __launch_bounds__(kThreads) head_kernel(const __grid_constant__ 
     Range range = merge(range_of(x[0], false), range_of(x[1], false));
 #pragma unroll
     for (int step = 1; step < kLanes; step *= 2) {
-      range = merge(range, {__shfl_xor_sync(kAllLanes, range.high, step), __shfl_xor_sync(kAllLanes, range.low, step)});
+      range = merge(range, {__shfl_xor_sync(kAllLanes, range.high, step),
+                            __shfl_xor_sync(kAllLanes, range.low, step)});
     }
     if (!active) continue;
     if (head.kind == 0) {
@@ -192,7 +207,8 @@ __global__ void __launch_bounds__(kThreads) head_kernel(const __grid_constant__ 
 
 /// Any shape: a warp a head. Grid: ceil(batch * seq * vectors / warps).
 template <DType kDtype>
-__global__ void __launch_bounds__(kThreads) any_head_kernel(const __grid_constant__ KvAppendArgs a) {
+__global__ void __launch_bounds__(kThreads)
+    any_head_kernel(const __grid_constant__ KvAppendArgs a) {
   __shared__ float memory[kThreads / kWarp][2][kMaxHeadDim];
   float* x = memory[threadIdx.x / kWarp][0];
   float* spare = memory[threadIdx.x / kWarp][1];
@@ -211,10 +227,13 @@ __global__ void __launch_bounds__(kThreads) any_head_kernel(const __grid_constan
     const int half = static_cast<int>(a.rotary / 2);
     const int64_t angles = b * a.rotary_batch_stride + s * a.rotary;
     for (int i = lane; i < half; i += kWarp) {
-      const auto angle = [&](const void* table, int j) { return load1(a.rotary_dtype, table, angles + j); };
+      const auto angle = [&](const void* table, int j) {
+        return load1(a.rotary_dtype, table, angles + j);
+      };
       const float p = x[i], q = x[i + half];
       x[i] = __fsub_rn(__fmul_rn(p, angle(a.cos, i)), __fmul_rn(q, angle(a.sin, i)));
-      x[i + half] = __fadd_rn(__fmul_rn(q, angle(a.cos, i + half)), __fmul_rn(p, angle(a.sin, i + half)));
+      x[i + half] =
+          __fadd_rn(__fmul_rn(q, angle(a.cos, i + half)), __fmul_rn(p, angle(a.sin, i + half)));
     }
     __syncwarp();
     const int order = static_cast<int>(a.matrix.factor_order);
@@ -255,7 +274,8 @@ __global__ void __launch_bounds__(kThreads) any_head_kernel(const __grid_constan
   if (head.output < 0) return;
   Range range;
   for (int i = lane * kChunk; i < n; i += kWarp * kChunk) {
-    const float v[kChunk] = {x[i], x[i + 1], x[i + 2], x[i + 3], x[i + 4], x[i + 5], x[i + 6], x[i + 7]};
+    const float v[kChunk] = {x[i],     x[i + 1], x[i + 2], x[i + 3],
+                             x[i + 4], x[i + 5], x[i + 6], x[i + 7]};
     range = merge(range, range_of(v, false));
   }
   range = {warp_max(range.high), warp_max(range.low)};
@@ -263,19 +283,22 @@ __global__ void __launch_bounds__(kThreads) any_head_kernel(const __grid_constan
   const KvGrid grid = kv_grid(range, head.kind == 1 ? a.k_clip : a.v_clip, a.bits);
   uint8_t* codes = cache.codes + head.output * (n * a.bits / 8);
   for (int i = lane * kChunk; i < n; i += kWarp * kChunk) {
-    const float v[kChunk] = {x[i], x[i + 1], x[i + 2], x[i + 3], x[i + 4], x[i + 5], x[i + 6], x[i + 7]};
+    const float v[kChunk] = {x[i],     x[i + 1], x[i + 2], x[i + 3],
+                             x[i + 4], x[i + 5], x[i + 6], x[i + 7]};
     store_kv_codes(codes, i, a.bits, v, grid.grid);
   }
   if (lane == 0) store_grid(cache, head.output, grid);
 }
 
-// ---- Launchers -----------------------------------------------------------------------------------------------------
+// ---- Launchers ----------------------------------------------------------------------------------
 
-bool is_aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0; }
+bool is_aligned(const void* p, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
+}
 
 bool is_aligned(const HeadVectors& x, int64_t element) {
-  return is_aligned(x.data, 16) && (x.batch_stride * element) % 16 == 0 && (x.seq_stride * element) % 16 == 0 &&
-         (x.head_stride * element) % 16 == 0;
+  return is_aligned(x.data, 16) && (x.batch_stride * element) % 16 == 0 &&
+         (x.seq_stride * element) % 16 == 0 && (x.head_stride * element) % 16 == 0;
 }
 
 template <DType kDtype, int kLanes>
@@ -290,17 +313,24 @@ void launch_heads(const KvAppendArgs& args, Stream stream) {
 template <DType kDtype>
 void append(const KvAppendArgs& args, Stream stream) {
   const int64_t element = bytes_of(kDtype), angle = bytes_of(args.rotary_dtype);
-  const bool aligned = is_aligned(args.q, element) && is_aligned(args.k, element) && is_aligned(args.v, element) &&
-                       is_aligned(args.q_out, 16) && is_aligned(args.cos, 16) && is_aligned(args.sin, 16) &&
+  const bool aligned = is_aligned(args.q, element) && is_aligned(args.k, element) &&
+                       is_aligned(args.v, element) && is_aligned(args.q_out, 16) &&
+                       is_aligned(args.cos, 16) && is_aligned(args.sin, 16) &&
                        (args.rotary_batch_stride * angle) % 16 == 0;
-  const bool whole = args.matrix.size == 1 || (args.matrix.size == args.head_dim && args.matrix.factor_order == 1);
+  const bool whole =
+      args.matrix.size == 1 || (args.matrix.size == args.head_dim && args.matrix.factor_order == 1);
   if (aligned && whole && args.rotary == args.head_dim) {
     switch (args.head_dim) {
-      case 32: return launch_heads<kDtype, 2>(args, stream);
-      case 64: return launch_heads<kDtype, 4>(args, stream);
-      case 128: return launch_heads<kDtype, 8>(args, stream);
-      case 256: return launch_heads<kDtype, 16>(args, stream);
-      default: break;
+      case 32:
+        return launch_heads<kDtype, 2>(args, stream);
+      case 64:
+        return launch_heads<kDtype, 4>(args, stream);
+      case 128:
+        return launch_heads<kDtype, 8>(args, stream);
+      case 256:
+        return launch_heads<kDtype, 16>(args, stream);
+      default:
+        break;
     }
   }
   const int64_t heads = args.batch * args.seq * (args.heads + 2 * args.kv_heads);
@@ -317,9 +347,12 @@ void rope_hadamard_kv_append(const KvAppendArgs& args, Stream stream) {
   QUAROT_ASSERT(is_aligned(args.k_cache.codes, 8) && is_aligned(args.v_cache.codes, 8),
                 "rope_hadamard_kv_append: k_codes and v_codes must be 8-byte aligned");
   switch (args.dtype) {
-    case DType::f32: return append<DType::f32>(args, stream);
-    case DType::f16: return append<DType::f16>(args, stream);
-    case DType::bf16: return append<DType::bf16>(args, stream);
+    case DType::f32:
+      return append<DType::f32>(args, stream);
+    case DType::f16:
+      return append<DType::f16>(args, stream);
+    case DType::bf16:
+      return append<DType::bf16>(args, stream);
   }
   QUAROT_ASSERT(false, "rope_hadamard_kv_append: no such dtype");
 }

@@ -1,13 +1,16 @@
-// quantize, dequantize, pack_int4, unpack_int4 on CUDA. quantize is device/rows.cuh; the others are element by element:
-// a thread moves chunks of 8 or 16, several in flight. Bound: memory.
-#include "kernels/quantize.h"
-
+// quantize, dequantize, pack_int4, unpack_int4 on CUDA. Maths: kernels/quantize.h.
+//
+// quantize is device/rows.cuh. The others go element by element: a thread moves kFlatChunks chunks
+// of 8, a block's threads side by side.
+//
+// Bound: memory.
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/device/any_transform.cuh"
 #include "kernels/cuda/device/launch.cuh"
 #include "kernels/cuda/device/rows.cuh"
 #include "kernels/cuda/device/sources.cuh"
+#include "kernels/quantize.h"
 
 namespace quarot::cuda {
 namespace {
@@ -16,7 +19,9 @@ constexpr int kFlatThreads = 256;
 /// Chunks that a thread has in flight.
 constexpr int kFlatChunks = 4;
 
-bool aligned(const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0; }
+bool aligned(const void* p, int bytes) {
+  return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
+}
 
 /// Runs body(i) for this thread's elements i < count of a flat range; the grid covers it.
 template <class Body>
@@ -30,7 +35,7 @@ __device__ __forceinline__ void flat(int64_t count, const Body& body) {
 }
 int64_t flat_blocks(int64_t count) { return ceil_div(count, int64_t{kFlatThreads} * kFlatChunks); }
 
-// ---- Dequantize ------------------------------------------------------------------------------------------
+// ---- Dequantize ---------------------------------------------------------------------------------
 
 /// Eight elements a thread and chunk. group_chunks: chunks of a group.
 template <DType kDtype>
@@ -60,7 +65,8 @@ __global__ void __launch_bounds__(kFlatThreads)
 
 /// Any group, any address: one element a thread and chunk.
 template <DType kDtype>
-__global__ void __launch_bounds__(kFlatThreads) dequantize_any_kernel(const DequantizeArgs args, int64_t count) {
+__global__ void __launch_bounds__(kFlatThreads)
+    dequantize_any_kernel(const DequantizeArgs args, int64_t count) {
   flat(count, [&](int64_t i) {
     int code;
     if (args.packed) {
@@ -84,13 +90,15 @@ void dequantize_to(const DequantizeArgs& args, Stream stream) {
     launch(&dequantize_kernel<kDtype>, flat_blocks(chunks), kFlatThreads, 0, stream, args, chunks,
            FastDiv(static_cast<int>(args.group / kChunk)));
   } else {
-    launch(&dequantize_any_kernel<kDtype>, flat_blocks(count), kFlatThreads, 0, stream, args, count);
+    launch(&dequantize_any_kernel<kDtype>, flat_blocks(count), kFlatThreads, 0, stream, args,
+           count);
   }
 }
 
-// ---- Pack ---------------------------------------------------------------------------------------------------
+// ---- Pack ---------------------------------------------------------------------------------------
 
-/// Chunks of 8 codes <-> 4 bytes; the elements after the last whole chunk are left to the first threads.
+/// Chunks of 8 codes <-> 4 bytes; the elements after the last whole chunk are left to the first
+/// threads.
 template <bool kPack>
 __global__ void __launch_bounds__(kFlatThreads) pack_kernel(const PackArgs args, int64_t chunks) {
   flat(chunks, [&](int64_t i) {
@@ -141,7 +149,7 @@ void pack(const PackArgs& args, Stream stream) {
   }
 }
 
-// ---- Quantize -----------------------------------------------------------------------------------------------
+// ---- Quantize -----------------------------------------------------------------------------------
 
 template <DType kDtype>
 void quantize_of(const QuantizeArgs& args, Stream stream) {
@@ -159,9 +167,12 @@ void quantize_of(const QuantizeArgs& args, Stream stream) {
 void quantize(const QuantizeArgs& args, Stream stream) {
   if (args.x.rows == 0) return;
   switch (args.x.dtype) {
-    case DType::f32: return quantize_of<DType::f32>(args, stream);
-    case DType::f16: return quantize_of<DType::f16>(args, stream);
-    case DType::bf16: return quantize_of<DType::bf16>(args, stream);
+    case DType::f32:
+      return quantize_of<DType::f32>(args, stream);
+    case DType::f16:
+      return quantize_of<DType::f16>(args, stream);
+    case DType::bf16:
+      return quantize_of<DType::bf16>(args, stream);
   }
   QUAROT_ASSERT(false, "quantize: no such dtype");
 }
@@ -169,9 +180,12 @@ void quantize(const QuantizeArgs& args, Stream stream) {
 void dequantize(const DequantizeArgs& args, Stream stream) {
   if (args.rows * args.n == 0) return;
   switch (args.dtype) {
-    case DType::f32: return dequantize_to<DType::f32>(args, stream);
-    case DType::f16: return dequantize_to<DType::f16>(args, stream);
-    case DType::bf16: return dequantize_to<DType::bf16>(args, stream);
+    case DType::f32:
+      return dequantize_to<DType::f32>(args, stream);
+    case DType::f16:
+      return dequantize_to<DType::f16>(args, stream);
+    case DType::bf16:
+      return dequantize_to<DType::bf16>(args, stream);
   }
   QUAROT_ASSERT(false, "dequantize: no such dtype");
 }

@@ -1,10 +1,19 @@
-// The simple kernel for shapes that transform.cuh and rows.cuh do not take: addresses that are not 16-byte aligned,
-// rows, segments or groups that are no multiple of 8. One block a row, one element at a time, fp32 in shared memory.
+// The simple kernel for shapes that transform.cuh and rows.cuh do not take: addresses that are not
+// 16-byte aligned, rows, segments or groups that are no multiple of 8.
+//
+// Maths: the transform as in kernels/hadamard.h, butterflies first, then the factor; fp32.
+//
+// Layout: a row and as much to spare in shared memory, which limits the row's length.
+//
+// Parallelisation: a block a row, one element at a time.
+//
+// Bound: the instructions, and the shared memory's latency between log2 n barriers.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <string>
 
 #include "kernels/cuda/device/int4.cuh"
 #include "kernels/cuda/device/launch.cuh"
@@ -17,8 +26,8 @@ constexpr int kAnyThreads = 256;
 
 struct AnyShape {
   int64_t rows;
-  int n;      // of a transformed row
-  int inner;  // distance of neighbours in a transform
+  int n;             // of a transformed row
+  int inner;         // distance of neighbours in a transform
   int order, power;  // K, 2^p
   const int8_t* factor;
   float scale;
@@ -52,9 +61,11 @@ __device__ inline void transform_any(float* row, float* spare, const AnyShape& s
   __syncthreads();
 }
 
-/// Source: prepare(row), called by all threads; value(row, column). Sink: put(row, x [n], spare [n], n).
+/// Source: common(row, n, spare [n]), called by all threads; value(row, column, common). Sink:
+/// put(row, x [n], spare [n], n).
 template <class Source, class Sink>
-__global__ void __launch_bounds__(kAnyThreads) any_kernel(const AnyShape s, const Source source, const Sink sink) {
+__global__ void __launch_bounds__(kAnyThreads)
+    any_kernel(const AnyShape s, const Source source, const Sink sink) {
   auto* x = reinterpret_cast<float*>(dynamic_shared());
   float* spare = x + s.n;
   for (int64_t row = blockIdx.x; row < s.rows; row += gridDim.x) {
@@ -79,7 +90,8 @@ struct AnyStore {
   }
 };
 
-/// A warp a group; codes go through shared memory, since a byte of packed codes may belong to two groups.
+/// A warp a group; codes go through shared memory, since a byte of packed codes may belong to two
+/// groups.
 struct AnyQuantize {
   QuantizedRows out;
   __device__ void put(int64_t row, const float* x, int8_t* codes, int n) const {
@@ -110,24 +122,31 @@ struct AnyQuantize {
             static_cast<uint8_t>((codes[2 * i] & 15) | (codes[2 * i + 1] & 15) << 4);
       }
     } else {
-      for (int i = threadIdx.x; i < n; i += blockDim.x) static_cast<int8_t*>(out.codes)[row * n + i] = codes[i];
+      for (int i = threadIdx.x; i < n; i += blockDim.x)
+        static_cast<int8_t*>(out.codes)[row * n + i] = codes[i];
     }
   }
 };
 
 template <class Source, class Sink>
-void launch_any(const HadamardMatrix& m, int64_t rows, int64_t n, int64_t inner, const Source& source,
-                const Sink& sink, Stream stream, const char* op) {
+void launch_any(const HadamardMatrix& m, int64_t rows, int64_t n, int64_t inner,
+                const Source& source, const Sink& sink, Stream stream, const char* op) {
   const DeviceLimits device = device_limits();
   const int64_t bytes = 2 * n * static_cast<int64_t>(sizeof(float));
-  QUAROT_ASSERT(bytes <= device.block_shared_bytes,
-                std::string(op) + ": rows of " + std::to_string(n) +
-                    " need 16-byte aligned addresses and a length, a transform and groups in whole 8s");
-  const AnyShape s{rows,     static_cast<int>(n), static_cast<int>(inner), static_cast<int>(m.factor_order),
-                   static_cast<int>(m.size / m.factor_order), m.factor, m.scale};
+  QUAROT_ASSERT(
+      bytes <= device.block_shared_bytes,
+      std::string(op) + ": rows of " + std::to_string(n) +
+          " need 16-byte aligned addresses and a length, a transform and groups in whole 8s");
+  const AnyShape s{rows,
+                   static_cast<int>(n),
+                   static_cast<int>(inner),
+                   static_cast<int>(m.factor_order),
+                   static_cast<int>(m.size / m.factor_order),
+                   m.factor,
+                   m.scale};
   const int64_t most = int64_t{8} * device.processors;
-  launch(&any_kernel<Source, Sink>, rows < most ? rows : most, kAnyThreads, static_cast<int>(bytes), stream, s,
-         source, sink);
+  launch(&any_kernel<Source, Sink>, rows < most ? rows : most, kAnyThreads, static_cast<int>(bytes),
+         stream, s, source, sink);
 }
 
 }  // namespace quarot::cuda

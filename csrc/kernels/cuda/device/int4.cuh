@@ -1,5 +1,5 @@
-// The quantizers' arithmetic on the device: kernels/quantize.h, step by step. The intrinsics with _rn are never
-// contracted into an FMA, so that codes are the CPU's.
+// The quantizers' arithmetic on the device: kernels/quantize.h, step by step. The intrinsics with
+// _rn are never contracted into an FMA, so that codes are the CPU's.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,15 +12,16 @@
 
 namespace quarot::cuda {
 
-/// The bits of infinity. As integers, magnitudes compare as they do as floats, and NaN is above infinity.
+/// The bits of infinity. As integers, magnitudes compare as they do as floats, and NaN is above
+/// infinity.
 constexpr int kInfinityBits = 0x7f800000;
 /// Smallest normal float: a smaller scale becomes 1, since its inverse could overflow.
 constexpr float kScaleFloor = 0x1p-126f;
 /// v + kRound has rint(v) in its low bits, ties to even, for |v| < 2^22.
 constexpr float kRound = 0x1.8p23f;
 
-/// The range of some values, as bits of floats >= 0: symmetric, high = max |x|; else high = max(x, 0), low = -min(x, 0).
-/// NaN where a value is NaN.
+/// The range of some values, as bits of floats >= 0: symmetric, high = max |x|; else high = max(x,
+/// 0), low = -min(x, 0). NaN where a value is NaN.
 struct Range {
   int high = 0, low = 0;
 };
@@ -51,7 +52,8 @@ struct Grid {
 };
 
 /// The grid of values whose range, before they are multiplied by factor >= 0, is given.
-__device__ __forceinline__ Grid make_grid(const Range& range, float factor, float clip, int bits, bool symmetric) {
+__device__ __forceinline__ Grid make_grid(const Range& range, float factor, float clip, int bits,
+                                          bool symmetric) {
   const float top = __fmul_rn(__int_as_float(range.high), factor);
   const float bottom = __fmul_rn(__int_as_float(range.low), factor);
   if (!(top < __int_as_float(kInfinityBits) && bottom < __int_as_float(kInfinityBits))) {
@@ -65,7 +67,8 @@ __device__ __forceinline__ Grid make_grid(const Range& range, float factor, floa
   const float inv = __fdiv_rn(1.0f, scale);
   if (symmetric) return {scale, inv, static_cast<float>(-half), static_cast<float>(half - 1), 0};
   const float zero = rintf(__fmul_rn(-lo, inv));
-  // clamp(rint(v) + zero, 0, steps) = clamp(rint(v), -zero, steps - zero) + zero: the bounds are integers.
+  // clamp(rint(v) + zero, 0, steps) = clamp(rint(v), -zero, steps - zero) + zero: the bounds are
+  // integers.
   return {scale, inv, -zero, steps - zero, static_cast<int>(zero) - half};
 }
 
@@ -87,14 +90,15 @@ __device__ __forceinline__ uint32_t pack_nibbles(const uint2& codes) {
 }
 /// The inverse: four nibbles of the low half -> four signed bytes.
 __device__ __forceinline__ uint32_t unpack_nibbles(uint32_t nibbles) {
-  const uint32_t spread = __byte_perm(nibbles, 0, 0x4140);  // byte 0 in the low half, byte 1 in the high half
+  const uint32_t spread =
+      __byte_perm(nibbles, 0, 0x4140);  // byte 0 in the low half, byte 1 in the high half
   const uint32_t bytes = (spread & 0x000f000fu) | ((spread & 0x00f000f0u) << 4);
   return bytes | ((bytes & 0x08080808u) * 0x1eu);  // sign: 8 * 0x1e = 0xf0
 }
 
 /// Writes the codes of elements [i, i + 8) of all rows; i a multiple of 8.
-__device__ __forceinline__ void store_codes(const QuantizedRows& out, int64_t i, const float (&v)[kChunk],
-                                            const Grid& grid) {
+__device__ __forceinline__ void store_codes(const QuantizedRows& out, int64_t i,
+                                            const float (&v)[kChunk], const Grid& grid) {
   uint32_t c[kChunk];
 #pragma unroll
   for (int e = 0; e < kChunk; ++e) c[e] = code_bits(v[e], grid);

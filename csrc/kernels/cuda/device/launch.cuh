@@ -23,7 +23,8 @@ inline DeviceLimits device_limits() {
   int device = 0;
   DeviceLimits limits{};
   QUAROT_CUDA_CHECK(cudaGetDevice(&device));
-  QUAROT_CUDA_CHECK(cudaDeviceGetAttribute(&limits.processors, cudaDevAttrMultiProcessorCount, device));
+  QUAROT_CUDA_CHECK(
+      cudaDeviceGetAttribute(&limits.processors, cudaDevAttrMultiProcessorCount, device));
   QUAROT_CUDA_CHECK(cudaDeviceGetAttribute(&limits.block_shared_bytes,
                                            cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   QUAROT_CUDA_CHECK(cudaDeviceGetAttribute(&limits.processor_shared_bytes,

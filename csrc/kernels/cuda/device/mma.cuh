@@ -1,8 +1,10 @@
-// Matrix products on tensor cores, m16n8k16, 16-bit operands and fp32 sums. With g = lane / 4 and t = lane % 4, a
-// lane's fragment of
-//   A [16, 16] is 4 words: pairs of columns (2t, 2t + 1) of rows g, g + 8, then columns (2t + 8, 2t + 9) of the same rows;
-//   B [16, 8]  is 2 words: rows (2t, 2t + 1) of column g, then rows (2t + 8, 2t + 9);
-//   D [16, 8]  is 4 floats: columns 2t, 2t + 1 of row g, then of row g + 8.
+// Matrix products on tensor cores, m16n8k16, 16-bit operands and fp32 sums. With g = lane / 4 and
+// t = lane % 4, a lane's fragment is, in this order, of
+//
+// * A [16, 16] 4 words: columns (2 t, 2 t + 1) of rows g and g + 8, then columns (2 t + 8, 2 t + 9)
+//   of the same rows;
+// * B [16, 8] 2 words: rows (2 t, 2 t + 1), then (2 t + 8, 2 t + 9) of column g;
+// * D [16, 8] 4 floats: columns 2 t and 2 t + 1 of row g, then of row g + 8.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,9 +16,9 @@
 
 namespace quarot::cuda {
 
-constexpr int kMmaRows = 16;     // of A and D
-constexpr int kMmaColumns = 8;   // of B and D
-constexpr int kMmaDepth = 16;    // columns of A, rows of B
+constexpr int kMmaRows = 16;    // of A and D
+constexpr int kMmaColumns = 8;  // of B and D
+constexpr int kMmaDepth = 16;   // columns of A, rows of B
 
 /// d += a * b, operands of kDtype.
 template <DType kDtype>

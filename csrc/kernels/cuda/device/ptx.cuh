@@ -7,7 +7,7 @@
 
 namespace quarot::cuda {
 
-// ---- Shared memory ----------------------------------------------------------------------------------
+// ---- Shared memory ------------------------------------------------------------------------------
 
 /// The block's dynamic shared memory.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
@@ -28,8 +28,9 @@ __device__ __forceinline__ void cp_async_wait_all() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-/// Four transposed 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8. Lane l
-/// gets in r[m] the elements (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4) of matrix m.
+/// Four transposed 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix
+/// i / 8. Lane l gets in r[m] the elements (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4) of matrix
+/// m.
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -37,22 +38,24 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t sha
                : "memory");
 }
 
-// ---- Tensor cores: d[16, 8] += a[16, 16] * b[16, 8], fp32 sums; fragments in mma.cuh ----------------------
+// ---- Tensor cores: d[16, 8] += a[16, 16] * b[16, 8], fp32 sums; fragments in mma.cuh ------------
 
 __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 __device__ __forceinline__ void mma_f16(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
+      "%9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-// ---- Numbers ---------------------------------------------------------------------------------------------
+// ---- Numbers ------------------------------------------------------------------------------------
 
 /// Two floats rounded to nearest even, `low` in the low half.
 __device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
@@ -78,7 +81,7 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   return r;
 }
 
-// ---- Global memory: data that is read or written once ------------------------------------------------------
+// ---- Global memory: data that is read or written once -------------------------------------------
 
 __device__ __forceinline__ uint4 load_once(const uint4* p) {
   uint4 r;
@@ -88,7 +91,8 @@ __device__ __forceinline__ uint4 load_once(const uint4* p) {
   return r;
 }
 __device__ __forceinline__ void store_once(uint4* p, const uint4& v) {
-  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
                : "memory");
 }
 

@@ -1,8 +1,12 @@
-// Quantization of rows that need no transform: a row, or its norm, or a gated activation, in one pass.
+// Quantization of rows that need no transform: a row, or its norm, or a gated activation, in one
+// pass. Maths: kernels/quantize.h and kernels/fused_quantize.h.
 //
-// A team of threads holds a row in registers, kThreadChunks chunks of 8 a thread: it finds the range of each group,
-// makes the grids in shared memory, and writes the codes. A row longer than that is read once for each of these steps, from the L2.
-// Short rows: several teams a block. Few rows: fewer chunks a thread, so that more threads wait for memory at once.
+// Layout and parallelisation. A team of threads holds a row in registers, kThreadChunks chunks of 8
+// a thread: it finds the range of each group, makes the grids in shared memory, and writes the
+// codes. A row longer than that is read once for each of these steps, from the L2. Short rows:
+// several teams a block. Few rows: fewer chunks a thread, so that more threads wait for memory at
+// once.
+//
 // Bound: memory; about 10 instructions an element.
 #pragma once
 
@@ -23,10 +27,10 @@ constexpr int kRowBlockThreads = 128;
 struct RowPlan {
   int64_t rows;
   int n;
-  int team;        // threads a row, whole warps
-  int team_chunks; // chunks a thread and step, at most kThreadChunks
+  int team;         // threads a row, whole warps
+  int team_chunks;  // chunks a thread and step, at most kThreadChunks
   int steps;
-  int groups;      // a row
+  int groups;  // a row
 };
 
 /// x / sqrt(mean(x^2) + eps) * weight.
@@ -48,9 +52,15 @@ struct RmsnormSource : RowSource<kDtype> {
     if (weight == nullptr) return;
     float w[kChunk];
     switch (weight_dtype) {
-      case DType::f32: to_floats<DType::f32>(w, load_chunk<DType::f32>(weight, column)); break;
-      case DType::f16: to_floats<DType::f16>(w, load_chunk<DType::f16>(weight, column)); break;
-      case DType::bf16: to_floats<DType::bf16>(w, load_chunk<DType::bf16>(weight, column)); break;
+      case DType::f32:
+        to_floats<DType::f32>(w, load_chunk<DType::f32>(weight, column));
+        break;
+      case DType::f16:
+        to_floats<DType::f16>(w, load_chunk<DType::f16>(weight, column));
+        break;
+      case DType::bf16:
+        to_floats<DType::bf16>(w, load_chunk<DType::bf16>(weight, column));
+        break;
     }
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) v[i] *= w[i];
@@ -90,7 +100,9 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   const bool symmetric = quantizer.symmetric();
 
   float v[kThreadChunks][kChunk];
-  const auto chunk_of = [&](int step, int i) { return (step * p.team_chunks + i) * p.team + member; };
+  const auto chunk_of = [&](int step, int i) {
+    return (step * p.team_chunks + i) * p.team + member;
+  };
   const auto fetch = [&](int step) {
 #pragma unroll
     for (int first = 0; first < kThreadChunks; first += Source::kInFlight) {
@@ -159,7 +171,8 @@ __global__ void __launch_bounds__(kMaxRowThreads)
       for (int i = 0; i < kThreadChunks; ++i) {
         const int chunk = chunk_of(step, i);
         if (i >= p.team_chunks || chunk >= chunks) continue;
-        quantizer.collect(slots[team * p.groups + quantizer.group_chunks(chunk)], range_of(v[i], symmetric));
+        quantizer.collect(slots[team * p.groups + quantizer.group_chunks(chunk)],
+                          range_of(v[i], symmetric));
       }
     }
   }
@@ -183,7 +196,8 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 
 /// Quantizes rows whose chunks are aligned, in groups of whole chunks.
 template <class Source>
-void launch_rows(const Source& source, int64_t rows, int64_t n, const QuantizedRows& out, Stream stream) {
+void launch_rows(const Source& source, int64_t rows, int64_t n, const QuantizedRows& out,
+                 Stream stream) {
   const DeviceLimits device = device_limits();
   RowPlan p{};
   p.rows = rows;
@@ -191,8 +205,10 @@ void launch_rows(const Source& source, int64_t rows, int64_t n, const QuantizedR
   p.groups = static_cast<int>(n / out.group);
   const int chunks = p.n / kChunk;
   // Enough rows: a thread holds all it can. Few rows: as many threads as there are chunks.
-  const bool few = rows * ceil_div(chunks, kThreadChunks) < int64_t{device.processors} * kMaxRowThreads;
-  const int wanted = static_cast<int>(ceil_div(few ? chunks : ceil_div(chunks, kThreadChunks), kWarp)) * kWarp;
+  const bool few =
+      rows * ceil_div(chunks, kThreadChunks) < int64_t{device.processors} * kMaxRowThreads;
+  const int wanted =
+      static_cast<int>(ceil_div(few ? chunks : ceil_div(chunks, kThreadChunks), kWarp)) * kWarp;
   p.team = wanted < kMaxRowThreads ? wanted : kMaxRowThreads;
   const int each = static_cast<int>(ceil_div(chunks, p.team));
   p.team_chunks = each < kThreadChunks ? each : kThreadChunks;
@@ -202,11 +218,14 @@ void launch_rows(const Source& source, int64_t rows, int64_t n, const QuantizedR
   const int bytes = teams * p.groups * static_cast<int>(sizeof(Quantizer::Slot));
   QUAROT_ASSERT(bytes <= device.block_shared_bytes - 1024, "quantize: too many groups in a row");
   const Quantizer quantizer{out, FastDiv(static_cast<int>(out.group / kChunk))};
-  launch(&quantize_rows_kernel<Source>, ceil_div(rows, teams), teams * p.team, bytes, stream, p, source, quantizer);
+  launch(&quantize_rows_kernel<Source>, ceil_div(rows, teams), teams * p.team, bytes, stream, p,
+         source, quantizer);
 }
 
 /// Whether launch_rows and transform_kernel take these groups.
-inline bool groups_are_whole(const QuantizedRows& out) { return out.group > 0 && out.group % kChunk == 0; }
+inline bool groups_are_whole(const QuantizedRows& out) {
+  return out.group > 0 && out.group % kChunk == 0;
+}
 
 constexpr HadamardMatrix kNoTransform{1, 1, nullptr, 1.0f};
 

@@ -1,4 +1,6 @@
-// Where a transformed tile goes: memory, or the quantizer. For transform_kernel (transform.cuh).
+// Where a transformed tile goes: memory, or the quantizer (kernels/quantize.h). For
+// transform_kernel (transform.cuh), whose threads hand over their chunks; the quantizer's ranges
+// and grids lie in shared memory, a slot a group.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,7 +21,8 @@ struct StoreSink {
   static constexpr int kSlotBytes = 0;
   __device__ __forceinline__ int passes(int parts) const { return parts; }
   __device__ __forceinline__ void start(const TransformPlan&, int*) const {}
-  __device__ __forceinline__ void take(const TransformPlan& p, ThreadChunks& t, int*, int64_t tile, int) const {
+  __device__ __forceinline__ void take(const TransformPlan& p, ThreadChunks& t, int*, int64_t tile,
+                                       int) const {
     const int64_t first = tile * p.tile_rows * p.n;
     const int end = rows_of_tile(p, tile) * p.row_chunks.divisor();
 #pragma unroll
@@ -36,8 +39,8 @@ struct StoreSink {
   }
 };
 
-/// The groups' ranges of the rows that a block works on, in shared memory, and the quantizer that follows. Maxima do
-/// not depend on their order, so atomics keep the result deterministic.
+/// The groups' ranges of the rows that a block works on, in shared memory, and the quantizer that
+/// follows. Maxima do not depend on their order, so atomics keep the result deterministic.
 struct Quantizer {
   QuantizedRows out;
   FastDiv group_chunks;  // chunks of a group
@@ -63,8 +66,10 @@ struct Quantizer {
     if (!symmetric()) range.low = warp_max(range.low);
     if (threadIdx.x % kWarp == 0) collect(slot, range);
   }
-  /// Ranges -> grids of `count` groups, the first of which is group first_group of all rows; clears the ranges.
-  __device__ __forceinline__ void finish(Slot* slots, int count, int64_t first_group, float factor) const {
+  /// Ranges -> grids of `count` groups, the first of which is group first_group of all rows; clears
+  /// the ranges.
+  __device__ __forceinline__ void finish(Slot* slots, int count, int64_t first_group,
+                                         float factor) const {
     for (int s = threadIdx.x; s < count; s += blockDim.x) {
       Slot& slot = slots[s];
       Grid grid = make_grid({slot.high, slot.low}, factor, out.clip, out.bits, symmetric());
@@ -92,8 +97,8 @@ struct QuantizeSink {
     quantizer.clear(reinterpret_cast<Quantizer::Slot*>(slots), slots_of_tile(p));
   }
 
-  __device__ __forceinline__ void take(const TransformPlan& p, ThreadChunks& t, int* memory, int64_t tile,
-                                       int pass) const {
+  __device__ __forceinline__ void take(const TransformPlan& p, ThreadChunks& t, int* memory,
+                                       int64_t tile, int pass) const {
     auto* slots = reinterpret_cast<Quantizer::Slot*>(memory);
     const int count = slots_of_tile(p);
     const int64_t rows_left = p.rows - tile * p.tile_rows;
@@ -111,7 +116,8 @@ struct QuantizeSink {
         Range range;
 #pragma unroll
         for (int i = 0; i < kThreadChunks; ++i) {
-          range = merge(range, range_of(t.v[i], quantizer.symmetric()));  // zeros where there is no chunk
+          range = merge(range,
+                        range_of(t.v[i], quantizer.symmetric()));  // zeros where there is no chunk
         }
         quantizer.collect_warp(slots[0], range);
       } else {
@@ -119,7 +125,8 @@ struct QuantizeSink {
         for (int i = 0; i < kThreadChunks; ++i) {
           const int e = t.index(i);
           if (e < 0) continue;
-          quantizer.collect(slots[quantizer.group_chunks(e)], range_of(t.v[i], quantizer.symmetric()));
+          quantizer.collect(slots[quantizer.group_chunks(e)],
+                            range_of(t.v[i], quantizer.symmetric()));
         }
       }
     }
@@ -137,7 +144,8 @@ struct QuantizeSink {
       for (int i = 0; i < kThreadChunks; ++i) {
         const int e = t.index(i);
         if (e < 0 || e >= end) continue;
-        store_codes(quantizer.out, first + int64_t{e} * kChunk, t.v[i], slots[quantizer.group_chunks(e)].grid);
+        store_codes(quantizer.out, first + int64_t{e} * kChunk, t.v[i],
+                    slots[quantizer.group_chunks(e)].grid);
       }
     }
   }

@@ -1,4 +1,5 @@
-// What a kernel reads: rows of a type, or activation(gate) * up. For transform.cuh, rows.cuh and any_transform.cuh.
+// What a kernel reads: rows of a type, or activation(gate) * up. For transform.cuh, rows.cuh and
+// any_transform.cuh.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +15,8 @@ namespace quarot::cuda {
 /// Whether chunks of these rows may be loaded as 16 bytes.
 inline bool chunks_are_aligned(const Rows& x) {
   const int64_t bytes = bytes_of(x.dtype);
-  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && (x.row_stride * bytes) % 16 == 0 && x.n % kChunk == 0;
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && (x.row_stride * bytes) % 16 == 0 &&
+         x.n % kChunk == 0;
 }
 
 /// Rows as they are.
@@ -36,7 +38,9 @@ struct RowSource {
   __device__ __forceinline__ Raw load(int64_t row, int column) const {
     return load_chunk<kDtype>(data, row * row_stride + column);
   }
-  __device__ __forceinline__ void values(float (&v)[kChunk], const Raw& raw) const { to_floats<kDtype>(v, raw); }
+  __device__ __forceinline__ void values(float (&v)[kChunk], const Raw& raw) const {
+    to_floats<kDtype>(v, raw);
+  }
 
   __device__ float common(int64_t, int, float*) const { return 0.0f; }
   __device__ float value(int64_t row, int column, float) const {
@@ -58,12 +62,32 @@ __device__ __forceinline__ float activate(float a) {
   }
 }
 
-/// activation(gate) * up of rows [gate | up].
-template <DType kDtype, Activation kActivation>
+/// v[i] = activation(v[i]) * up[i].
+template <int kCount>
+__device__ __forceinline__ void gate(float (&v)[kCount], const float (&up)[kCount],
+                                     Activation activation) {
+  const auto all = [&](auto function) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) v[i] = function(v[i]) * up[i];
+  };
+  switch (activation) {
+    case Activation::silu:
+      return all([](float a) { return activate<Activation::silu>(a); });
+    case Activation::gelu:
+      return all([](float a) { return activate<Activation::gelu>(a); });
+    case Activation::gelu_tanh:
+      return all([](float a) { return activate<Activation::gelu_tanh>(a); });
+  }
+}
+
+/// activation(gate) * up of rows [gate | up]. The activation is chosen at run time, once a chunk:
+/// as a template parameter it would triple the kernels.
+template <DType kDtype>
 struct GluSource {
   const void* data;
   int64_t row_stride;
   int n;  // columns of gate
+  Activation activation;
 
   static constexpr DType kOperand = DType::bf16;
   static constexpr int kOperands = 3;
@@ -81,14 +105,15 @@ struct GluSource {
     float up[kChunk];
     to_floats<kDtype>(v, raw.gate);
     to_floats<kDtype>(up, raw.up);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) v[i] = activate<kActivation>(v[i]) * up[i];
+    gate(v, up, activation);
   }
 
   __device__ float common(int64_t, int, float*) const { return 0.0f; }
   __device__ float value(int64_t row, int column, float) const {
     const int64_t i = row * row_stride + column;
-    return activate<kActivation>(load1<kDtype>(data, i)) * load1<kDtype>(data, i + n);
+    float v[1] = {load1<kDtype>(data, i)};
+    gate(v, {load1<kDtype>(data, i + n)}, activation);
+    return v[0];
   }
 };
 

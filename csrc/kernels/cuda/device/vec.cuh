@@ -1,4 +1,5 @@
-// Eight elements at a time between memory and fp32 registers, and division by a number known at launch.
+// Eight elements at a time between memory and fp32 registers, and division by a number known at
+// launch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,10 +17,12 @@ constexpr int kWarp = 32;
 
 __host__ __device__ constexpr int bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-// ---- One element: 16-bit types are their bits --------------------------------------------------------------
+// ---- One element: 16-bit types are their bits ---------------------------------------------------
 
 __device__ __forceinline__ float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ __forceinline__ float bf16_high(uint32_t pair) {
+  return __uint_as_float(pair & 0xffff0000u);
+}
 
 template <DType kDtype>
 __device__ __forceinline__ float load1(const void* data, int64_t i) {
@@ -42,13 +45,16 @@ __device__ __forceinline__ void store1(void* data, int64_t i, float v) {
 /// load1 of a type known only at run time.
 __device__ __forceinline__ float load1(DType dtype, const void* data, int64_t i) {
   switch (dtype) {
-    case DType::f32: return load1<DType::f32>(data, i);
-    case DType::f16: return load1<DType::f16>(data, i);
-    default: return load1<DType::bf16>(data, i);
+    case DType::f32:
+      return load1<DType::f32>(data, i);
+    case DType::f16:
+      return load1<DType::f16>(data, i);
+    default:
+      return load1<DType::bf16>(data, i);
   }
 }
 
-// ---- Chunks: data + i must be 16-byte aligned --------------------------------------------------------------
+// ---- Chunks: data + i must be 16-byte aligned ---------------------------------------------------
 
 /// The bytes of a chunk.
 template <DType kDtype>
@@ -58,7 +64,8 @@ struct Chunk {
 
 template <DType kDtype>
 __device__ __forceinline__ Chunk<kDtype> load_chunk(const void* data, int64_t i) {
-  const auto* p = reinterpret_cast<const uint4*>(static_cast<const char*>(data) + i * bytes_of(kDtype));
+  const auto* p =
+      reinterpret_cast<const uint4*>(static_cast<const char*>(data) + i * bytes_of(kDtype));
   Chunk<kDtype> c;
   c.words[0] = load_once(p);
   if constexpr (kDtype == DType::f32) c.words[1] = load_once(p + 1);
@@ -100,16 +107,17 @@ template <DType kDtype>
 __device__ __forceinline__ void store_chunk(void* data, int64_t i, const float (&v)[kChunk]) {
   auto* p = reinterpret_cast<uint4*>(static_cast<char*>(data) + i * bytes_of(kDtype));
   if constexpr (kDtype == DType::f32) {
-    store_once(p, {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])});
-    store_once(p + 1,
-               {__float_as_uint(v[4]), __float_as_uint(v[5]), __float_as_uint(v[6]), __float_as_uint(v[7])});
+    store_once(p, {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
+                   __float_as_uint(v[3])});
+    store_once(p + 1, {__float_as_uint(v[4]), __float_as_uint(v[5]), __float_as_uint(v[6]),
+                       __float_as_uint(v[7])});
   } else {
     store_once(p, {pack2<kDtype>(v[0], v[1]), pack2<kDtype>(v[2], v[3]), pack2<kDtype>(v[4], v[5]),
                    pack2<kDtype>(v[6], v[7])});
   }
 }
 
-// ---- Division --------------------------------------------------------------------------------------------------
+// ---- Division -----------------------------------------------------------------------------------
 
 /// x / divisor for x < 2^31 by a multiplication (Granlund and Montgomery 1994).
 class FastDiv {
@@ -119,7 +127,8 @@ class FastDiv {
     while ((int64_t{1} << shift_) < divisor) ++shift_;
     multiplier_ = static_cast<uint32_t>(
         ((uint64_t{1} << 32) * ((uint64_t{1} << shift_) - static_cast<uint64_t>(divisor))) /
-            static_cast<uint64_t>(divisor) + 1);
+            static_cast<uint64_t>(divisor) +
+        1);
   }
   __device__ __forceinline__ int operator()(int x) const {
     const auto u = static_cast<uint32_t>(x);
