@@ -98,7 +98,7 @@ struct AnyQuantize {
     const int lane = threadIdx.x % kWarp;
     const bool symmetric = out.zero == nullptr;
     const int group = static_cast<int>(out.group);
-    const int groups = n / group;
+    const int groups = n > 0 ? n / group : 1;  // no columns: the scale of zeros
     for (int g = threadIdx.x / kWarp; g < groups; g += blockDim.x / kWarp) {
       Range range;
       for (int i = lane; i < group; i += kWarp) {
