@@ -237,6 +237,26 @@ def test_columns_that_the_kernel_cannot_read_are_named():
     convert(model, "W16A8KV4")  # no int4 weights, no such limit
 
 
+@pytest.mark.parametrize("head_dim", [20, 36, 320])
+@pytest.mark.parametrize("kv_bits", [4, 8])
+def test_heads_that_the_cache_cannot_store_are_named(head_dim, kv_bits):
+    model = tiny_model(head_dim=head_dim)
+    before = copy.deepcopy(model.state_dict())
+    message = f"head_dim: got {head_dim}, .* multiple of 8, at most 256"
+    with pytest.raises(ValueError, match=message):
+        convert(model, QuarotConfig(w_bits=16, kv_bits=kv_bits))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        hf.install_layers(tiny_model(head_dim=head_dim), QuarotConfig(w_bits=16, kv_bits=kv_bits))
+    assert logits(convert(model, "W16A8KV16")).isfinite().all()
+
+
+def test_the_cache_stores_the_heads_that_the_kernels_take():
+    """The bounds stand in C++ too: at them a forward must run."""
+    for head_dim in (8, 24, 256):
+        assert logits(convert(tiny_model(head_dim=head_dim), "W16A8KV4")).isfinite().all()
+
+
 def test_refuses_what_is_quantized_already():
     model = convert(tiny_model())
     with pytest.raises(ValueError, match="already converted"):

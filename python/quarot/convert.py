@@ -162,8 +162,6 @@ def check(model: Any, config: QuarotConfig) -> tuple[Architecture, Geometry]:
     config.check_layers(geometry.layers)
     if config.rotation == "given":
         raise ValueError('rotation: got "given", which has no matrices here; use quarot.rotate')
-    if config.kv_bits == 4 and geometry.head_dim % 2:
-        raise ValueError(f"model: got head_dim {geometry.head_dim}, needs an even one for KV4")
     for index, layer in enumerate(model.get_submodule(arch.layers)):
         _check_layer(layer, index, arch, geometry, config)
     _check_tensors(model)
