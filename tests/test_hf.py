@@ -150,13 +150,19 @@ def test_copies_are_independent():
     assert torch.equal(logits(model), expected)
 
 
-def test_casting_a_converted_model():
+def test_casting_a_converted_model(tmp_path):
     model = converted()
     scales = [t.clone() for n, t in model.state_dict().items() if n.endswith("weight_scale")]
     model.to(torch.bfloat16)
     assert model.dtype == torch.bfloat16 and logits(model).isfinite().all()
     after = [t for n, t in model.state_dict().items() if n.endswith("weight_scale")]
     assert all(torch.equal(a, b) for a, b in zip(scales, after, strict=True))
+    model.save_pretrained(tmp_path)
+    again = quarot.load(tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    # A loaded model, and a copy, keep their rotary frequencies through casts as well.
+    for other in (again, copy.deepcopy(model)):
+        assert torch.equal(logits(other.to(torch.float32).to(torch.bfloat16)), logits(model))
     with pytest.raises(TypeError, match="float64"):
         model.double()
 

@@ -36,6 +36,7 @@ from quarot.config import QuarotConfig
 from quarot.models import Architecture, Geometry, describe
 from quarot.modules.decoder_layer import DecoderLayer
 from quarot.modules.linear import QuantizedLinear
+from quarot.modules.rotary import keep_float32
 
 BACKENDS = ("kernel", "reference")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -214,7 +215,9 @@ def adopt(model: Any, config: QuarotConfig) -> Any:
     model.config._is_quantized = True
     model.config._attn_implementation = "quarot"  # ours: others ignore padding or the int4 cache
     model.config.hidden_act = model.config.hidden_act.removesuffix(MARKER) + MARKER
-    decoder = model.get_submodule(describe(model.config).decoder)
+    arch = describe(model.config)
+    keep_float32(model.get_submodule(arch.rotary))
+    decoder = model.get_submodule(arch.decoder)
     for module in (model, decoder):
         module._no_split_modules = {*(module._no_split_modules or ()), DecoderLayer.__name__}
     # output_hidden_states records modules by class; without ours it would silently return nothing.
