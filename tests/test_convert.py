@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_execution_device_hook
 from torch import nn
 from transformers import GgufConfig, LlamaForSequenceClassification
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
@@ -112,6 +113,27 @@ def test_rtn_leaves_embeddings_tied_and_untouched():
     convert(model, "W4A4KV4-rtn")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, before)
+
+
+def test_hooks_of_a_dispatched_model_stay():
+    """accelerate's, which move a layer's inputs to its device; here, they only count calls."""
+
+    class Count(AlignDevicesHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            assert isinstance(module, DecoderLayer)
+            return super().pre_forward(module, *args, **kwargs)
+
+    model = tiny_model()
+    hooks = [Count(execution_device="cpu") for _ in model.model.layers]
+    for layer, hook in zip(model.model.layers, hooks, strict=True):
+        attach_execution_device_hook(layer, "cpu")  # on everything below, as dispatch_model does
+        add_hook_to_module(layer, hook)
+    convert(model)
+    assert torch.equal(logits(model), logits(convert(tiny_model())))
+    assert [hook.calls for hook in hooks] == [1, 1]
 
 
 # --- memory -------------------------------------------------------------------------------------

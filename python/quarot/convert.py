@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -104,7 +105,11 @@ def _convert(
     for index in steps:
         layer = layers[index]
         rotate.rotate_layer(layer, arch, geometry, rotations, index)
-        layers[index] = quantize_layer(layer, arch, geometry, config, index, backend)
+        new = quantize_layer(layer, arch, geometry, config, index, backend)
+        if hook := getattr(layer, "_hf_hook", None):
+            # accelerate's, on a model over several devices: it brings the inputs to the layer's.
+            add_hook_to_module(new, hook)
+        layers[index] = new
 
 
 def _renew_rotary(rotary: Any, transformers_config: Any) -> None:
