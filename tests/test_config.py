@@ -216,6 +216,19 @@ def test_from_dict_refuses(fields: dict, message: str) -> None:
         QuarotConfig.from_dict({**QuarotConfig().to_dict(), **fields})
 
 
+def test_a_checkpoints_fields_must_all_be_there() -> None:
+    fields = QuarotConfig(a_bits=8).to_dict()
+    assert QuarotConfig.from_dict(fields, complete=True) == QuarotConfig(a_bits=8)
+    for name in fields:
+        partial = {key: value for key, value in fields.items() if key != name}
+        with pytest.raises(ValueError, match=rf"^quantization_config: lacks \['{name}'\]"):
+            QuarotConfig.from_dict(partial, complete=True)
+    del fields["format_version"], fields["a_clip"]
+    with pytest.raises(ValueError, match=r"lacks \['a_clip', 'format_version'\]"):
+        QuarotConfig.from_dict(fields, complete=True)
+    assert QuarotConfig.from_dict({"a_bits": 8}) == QuarotConfig(a_bits=8), "by hand: as before"
+
+
 def test_from_dict_leaves_its_argument_alone() -> None:
     fields = QuarotConfig().to_dict()
     QuarotConfig.from_dict(fields)

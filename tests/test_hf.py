@@ -286,6 +286,16 @@ def test_configs_of_another_format(checkpoint, nothing_is_built, field, value, m
         load(checkpoint)
 
 
+@pytest.mark.parametrize("load", [quarot.load, AutoModelForCausalLM.from_pretrained])
+def test_config_with_fields_missing(checkpoint, nothing_is_built, load):
+    def drop(config):
+        del config["quantization_config"]["seed"], config["quantization_config"]["format_version"]
+
+    edit(checkpoint, drop)
+    with pytest.raises(ValueError, match=r"lacks \['format_version', 'seed'\]"):
+        load(checkpoint)
+
+
 @pytest.mark.parametrize("dtype", [None, "float64"])
 def test_config_without_a_dtype_of_ours(checkpoint, nothing_is_built, dtype):
     edit(checkpoint, lambda config: config.update(dtype=dtype))

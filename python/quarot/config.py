@@ -173,8 +173,15 @@ class QuarotConfig:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> QuarotConfig:
-        """Rebuild a config from `to_dict`'s form; unknown fields and newer formats are errors."""
+    def from_dict(cls, fields: Mapping[str, Any], *, complete: bool = False) -> QuarotConfig:
+        """Rebuild a config from `to_dict`'s form; unknown fields and newer formats are errors.
+
+        Args:
+            complete: whether every field must be there, as in a checkpoint, whose meaning may not
+                depend on this version's defaults; else missing ones get their defaults.
+        """
+        if complete and (missing := sorted(cls().to_dict().keys() - fields.keys())):
+            raise ValueError(f"quantization_config: lacks {missing}, needs every field")
         fields = dict(fields)
         method = fields.pop("quant_method", "quarot")
         if method != "quarot":

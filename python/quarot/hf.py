@@ -19,7 +19,7 @@ import contextlib
 import contextvars
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -150,7 +150,15 @@ class _OnCpu(collections.OrderedDict):
         super().__setitem__(name, tensor.cpu())
 
 
-AUTO_QUANTIZATION_CONFIG_MAPPING["quarot"] = QuarotConfig
+class _CheckpointConfig:
+    """Read the quantization_config of config.json: all its fields must be there."""
+
+    @staticmethod
+    def from_dict(fields: Mapping[str, Any]) -> QuarotConfig:
+        return QuarotConfig.from_dict(fields, complete=True)
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING["quarot"] = _CheckpointConfig
 AUTO_QUANTIZER_MAPPING["quarot"] = QuarotQuantizer
 
 
