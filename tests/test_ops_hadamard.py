@@ -10,6 +10,7 @@ from quarot import hadamard, ops
 from quarot.ops import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+both_modules = pytest.mark.parametrize("module", [ops, reference], ids=["op", "reference"])
 OP = torch.ops.quarot.hadamard.default
 
 
@@ -113,6 +114,7 @@ def test_non_finite_values_stay_in_their_block(device):
     assert torch.equal(actual[~touched], clean[~touched])
 
 
+@both_modules
 @pytest.mark.parametrize(
     ("x", "size", "options", "message"),
     [
@@ -129,9 +131,9 @@ def test_non_finite_values_stay_in_their_block(device):
         (torch.zeros(2, 48), 48, {"factor": torch.ones(20, 20, dtype=torch.int8)}, "factor|size"),
     ],
 )
-def test_refusals_name_the_argument(x, size, options, message):
+def test_refusals_name_the_argument(module, x, size, options, message):
     with pytest.raises((RuntimeError, ValueError), match=message):
-        ops.hadamard(x, size, **options)
+        module.hadamard(x, size, **options)
 
 
 def test_refuses_tensors_that_require_grad(device):

@@ -10,6 +10,7 @@ from quarot import hadamard, ops
 from quarot.ops import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+both_modules = pytest.mark.parametrize("module", [ops, reference], ids=["op", "reference"])
 
 
 def inputs(batch, seq, heads, kv_heads, dim, *, rotary=None, dtype=torch.float32, one_angle=False):
@@ -278,6 +279,7 @@ def good(device="cpu"):
     return {**dict(named), "bits": 4, "size": 32, "k_clip": 0.9, "v_clip": 0.9}
 
 
+@both_modules
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -308,9 +310,9 @@ def good(device="cpu"):
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
-def test_refusals_name_the_argument(changes, message):
+def test_refusals_name_the_argument(module, changes, message):
     with pytest.raises((RuntimeError, ValueError), match=message):
-        ops.rope_hadamard_kv_append(**(good() | changes))
+        module.rope_hadamard_kv_append(**(good() | changes))
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
