@@ -335,6 +335,30 @@ def test_no_pickle_is_read(checkpoint, nothing_is_built, load):
     assert not read.exists()
 
 
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_no_pickle_is_read_on_the_fly(tmp_path, monkeypatch, dtype):
+    """Without a dtype in config.json transformers would look for one in the weights."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    edit(tmp_path, lambda config: config.update(dtype=dtype))
+    (tmp_path / WEIGHTS).unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    read = []
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: read.append(args) or {})
+    with pytest.raises(ValueError, match=r"no pickles|config\.json: got no dtype"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=QuarotConfig())
+    assert read == []
+
+
+def test_conversion_on_the_fly_with_the_dtype_given(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    edit(tmp_path, lambda config: config.update(dtype=None))
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, quantization_config=QuarotConfig()
+    )
+    assert model.dtype == torch.bfloat16 and logits(model).isfinite().all()
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 

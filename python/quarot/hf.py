@@ -90,10 +90,13 @@ class QuarotQuantizer(HfQuantizer):
     def _open(self, config: Any) -> Any:
         if getattr(config, "distributed_config", None) is not None:
             raise ValueError("tp_plan, distributed_config: quarot models run on one process only")
+        if config.dtype is None:  # transformers would open the weights, even a pickle, to guess
+            raise ValueError(
+                "config.json: got no dtype, needs the dtype of the checkpoint; for conversion on "
+                "the fly, AutoModelForCausalLM.from_pretrained(…, dtype=…) can also give it"
+            )
         if self.pre_quantized:
             config.hidden_act = config.hidden_act.removesuffix(MARKER)
-            if config.dtype is None:  # transformers would open the weights, even a pickle, to guess
-                raise ValueError("config.json: got no dtype, needs the dtype of the checkpoint")
         return config
 
     def _process_model_before_weight_loading(
