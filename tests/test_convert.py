@@ -321,6 +321,9 @@ def test_failure_half_way_makes_the_model_unusable(monkeypatch, tmp_path, failur
         "forward": lambda m: m(IDS),
         "generate": lambda m: m.generate(IDS, max_new_tokens=2),
         "save": lambda m: m.save_pretrained(tmp_path),
+        "state dict": lambda m: m.state_dict(),
+        "decoder": lambda m: m.model(IDS),
+        "decoder's state dict": lambda m: m.model.state_dict(),
         "convert": lambda m: convert(m),
     }
     for use in uses.values():

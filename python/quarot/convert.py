@@ -68,7 +68,7 @@ def convert(
         _convert(model, config, arch, geometry, rotations, backend, progress)
         return hf.adopt(model, config)
     except BaseException as error:
-        _make_unusable(model, error)
+        _make_unusable(model, model.get_submodule(arch.decoder), error)
         raise
 
 
@@ -277,10 +277,11 @@ def _forget_quantizer(model: Any) -> None:
             delattr(owner, name)
 
 
-def _make_unusable(model: Any, error: BaseException) -> None:
+def _make_unusable(model: Any, decoder: Any, error: BaseException) -> None:
     """Turn a half-converted model into one whose every use raises, with the reason.
 
-    Its class is swapped, so that deepcopy and isinstance keep working.
+    So for the decoder in it, which can be used by itself. Their classes are swapped, so that
+    deepcopy and isinstance keep working.
     """
     reason = (
         "this model is unusable: quarot.convert failed half-way "
@@ -290,6 +291,7 @@ def _make_unusable(model: Any, error: BaseException) -> None:
     def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(reason)
 
-    used = ("__call__", "forward", "generate", "save_pretrained", "push_to_hub")
-    body = {**dict.fromkeys(used, refuse), "_quarot_unusable": reason}
-    model.__class__ = type(type(model).__name__, (type(model),), body)
+    uses = ("__call__", "forward", "generate", "state_dict", "save_pretrained", "push_to_hub")
+    body = {**dict.fromkeys(uses, refuse), "_quarot_unusable": reason}
+    for module in (model, decoder):
+        module.__class__ = type(type(module).__name__, (type(module),), body)
