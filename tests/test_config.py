@@ -83,6 +83,10 @@ def test_well_formed_preset_without_a_store_or_recipe_is_refused(preset: str, na
     [
         ({"w_bits": 5}, "w_bits"),
         ({"w_bits": True}, "w_bits"),
+        ({"w_bits": 4.0}, "w_bits"),
+        ({"kv_bits": 16.0}, "kv_bits"),
+        ({"w_group": 0.0}, "w_group"),
+        ({"rotation": ["none"]}, "rotation"),
         ({"a_bits": 3}, "a_bits"),
         ({"kv_bits": 2}, "kv_bits"),
         ({"w_group": 16}, "w_group"),
@@ -198,6 +202,17 @@ def test_dict_form_is_the_checkpoint_format() -> None:
 def test_tuples_in_clips_become_lists_in_json() -> None:
     config = QuarotConfig(clips={"v": (0.9, 0.8)})
     assert config.to_dict()["clips"] == {"v": [0.9, 0.8]}
+    assert QuarotConfig.from_dict(json.loads(config.to_json_string())) == config
+
+
+def test_clips_are_the_configs_own() -> None:
+    clips = {"v": [0.9, 0.8]}
+    config = QuarotConfig(clips=clips)
+    clips["v"][0] = 5.0
+    clips["gate"] = [0.9]
+    assert config.clips == {"v": (0.9, 0.8)}
+    config.to_dict()["clips"]["v"][1] = 5.0
+    assert config.clip("v", 0) == 0.9 and config.clip("v", 1) == 0.8
 
 
 @pytest.mark.parametrize(
