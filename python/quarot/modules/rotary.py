@@ -7,20 +7,20 @@ model saved and loaded again.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 
-def keep_float32(rotary: nn.Module) -> None:
+def keep_float32(rotary: Any) -> None:
     """Make casts of `rotary`, a transformers rotary embedding, leave its buffers' dtypes alone.
 
     Its class is swapped, because a method on the instance would not survive deepcopy.
     """
-    if not issubclass(type(rotary), _KeepsDtypes):
-        rotary.__class__ = _guarded(type(rotary))
+    kind = type(rotary)
+    if not issubclass(kind, _KeepsDtypes):  # transformers goes by the name
+        rotary.__class__ = type(kind.__name__, (_KeepsDtypes, kind), {})
 
 
 class _KeepsDtypes(nn.Module):
@@ -30,8 +30,3 @@ class _KeepsDtypes(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(keep_dtype, recurse)
-
-
-@functools.cache
-def _guarded(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (_KeepsDtypes, kind), {})  # transformers goes by the name
