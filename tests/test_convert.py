@@ -221,7 +221,7 @@ REFUSALS = {
     "group": (
         lambda model: None,
         "W4A4KV4-g64",
-        r"model\.layers\.0\.mlp\.down_proj: w_group 64 .* 96 input columns; .* one of \[32\]",
+        r"model\.layers\.0\.mlp\.down_proj: group: got 64 for 96 input columns, .*\(32\)",
     ),
     "clips": (
         lambda model: None,

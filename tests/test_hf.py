@@ -135,7 +135,7 @@ def test_conversion_on_the_fly(tmp_path):
 
 def test_conversion_on_the_fly_names_what_does_not_fit(tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="w_group 64"):
+    with pytest.raises(ValueError, match="down_proj: group: got 64"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=QuarotConfig(w_group=64))
 
 

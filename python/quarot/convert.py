@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 from quarot import hadamard, hf, rotate
 from quarot.config import QuarotConfig
 from quarot.models import Architecture, Geometry, describe
-from quarot.modules.canonical import linear_shapes, norm_shapes
+from quarot.modules.canonical import DTYPES, linear_shapes, norm_shapes
 from quarot.modules.decoder_layer import DecoderLayer
+from quarot.modules.linear import backend_ops
 from quarot.quantize import rtn
 
 logger = logging.getLogger("quarot")
@@ -59,7 +60,7 @@ def convert(
         Exception: anything that fails later; the model is then unusable and says so when used.
     """
     config = _resolve(config, seed)
-    hf.check_backend(backend)
+    backend_ops(backend)  # raises on an unknown one
     arch, geometry = check(model, config)
     rotations = rotate.Rotations.from_config(config, geometry)
     _log_unrotated(config, geometry)
@@ -238,11 +239,9 @@ def _check_tensors(model: nn.Module) -> None:
         if parameter.device.type == "meta":
             raise ValueError(f"model: {name} is on the meta device; load its weights first")
         dtypes[parameter.dtype] = name
-        if parameter.dtype not in hf.DTYPES or len(dtypes) > 1:
+        if parameter.dtype not in DTYPES or len(dtypes) > 1:
             got = ", ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
-            raise ValueError(
-                f"model: got {got}, needs one dtype of {', '.join(map(str, hf.DTYPES))}"
-            )
+            raise ValueError(f"model: got {got}, needs one dtype of {', '.join(map(str, DTYPES))}")
     for name, parameter in model.named_parameters():
         # A sum is finite only if every term is; float64 keeps large ones from overflowing.
         if not torch.isfinite(parameter.detach().sum(dtype=torch.float64)):

@@ -34,13 +34,10 @@ from transformers.quantizers.base import HfQuantizer
 
 from quarot.config import QuarotConfig
 from quarot.models import Architecture, Geometry, describe
+from quarot.modules.canonical import DTYPES
 from quarot.modules.decoder_layer import DecoderLayer
-from quarot.modules.linear import QuantizedLinear
+from quarot.modules.linear import QuantizedLinear, backend_ops
 from quarot.modules.rotary import keep_float32
-
-BACKENDS = ("kernel", "reference")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What a model may have and compute in; what is not quantized keeps it."""
 
 MARKER = " [quarot checkpoint: run 'import quarot' before from_pretrained]"
 """Appended to `hidden_act` of a converted model's config."""
@@ -179,9 +176,8 @@ def install_layers(model: Any, config: QuarotConfig, backend: str = "kernel") ->
         backend: "kernel" or "reference".
 
     Raises:
-        ValueError: the architecture or a size is not supported.
+        ValueError: the architecture, a size or the backend is not supported.
     """
-    check_backend(backend)
     arch = describe(model.config)
     geometry = arch.geometry(model.config)
     config.check_layers(geometry.layers)
@@ -374,16 +370,10 @@ def weight_bytes(model: Any) -> int:
     return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
-def check_backend(backend: str) -> None:
-    """Raise ValueError unless `backend` is one of `BACKENDS`."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, needs one of {', '.join(BACKENDS)}")
-
-
 @contextlib.contextmanager
 def _use_backend(backend: str) -> Iterator[None]:
     # from_pretrained hands no argument of ours to the quantizer it creates.
-    check_backend(backend)
+    backend_ops(backend)  # raises on an unknown one
     token = _backend.set(backend)
     try:
         yield
