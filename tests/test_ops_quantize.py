@@ -446,6 +446,22 @@ def test_quantize_of_nothing(device, shape, symmetric):
     assert ops.dequantize(*actual).shape == shape
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: ops.quantize(x),
+        lambda x: ops.hadamard_quantize(x, 1),
+        lambda x: ops.rmsnorm_quantize(x),
+        lambda x: ops.glu_hadamard_quantize(x),
+        lambda x: ops.head_hadamard_quantize(x.unflatten(1, (2, 0)), 2),
+    ],
+)
+def test_rows_without_columns_have_the_scale_of_zeros(device, call):
+    # 36 MB of scales: fresh memory of the system, so zeros unless they are written.
+    _, scale, _ = call(torch.empty(9 << 20, 0, device=device))
+    assert (scale == 1).all()
+
+
 X = torch.zeros(2, 64)
 Q = torch.zeros(2, 64, dtype=torch.int8)
 
