@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import ONE_DEVICE, assert_accurate, dense_hadamard, poisoned, strided
+from helpers import NO_CUDA, assert_accurate, dense_hadamard, poisoned, strided
 from quarot import hadamard, ops
 from quarot.ops import reference
 
@@ -16,7 +16,7 @@ OP = torch.ops.quarot.hadamard.default
 
 def needs_kernel(device):
     if ops.kernels()["hadamard"][device.type] != "kernel":
-        pytest.skip(f"no hadamard kernel for {device.type} in this build")
+        pytest.skip(f"{NO_CUDA}: this build has no hadamard kernel")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -190,7 +190,7 @@ def test_is_captured_in_a_graph(device):
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_runs_on_a_second_device(device):
     if torch.cuda.device_count() < 2:
-        pytest.skip(ONE_DEVICE)
+        pytest.skip("one GPU only")
     x = torch.randn(3, 576)
     actual = ops.hadamard(x.to("cuda:1"))
     assert actual.device.index == 1
