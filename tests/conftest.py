@@ -1,7 +1,7 @@
 """Devices, seeds and hypothesis settings of all tests.
 
-A machine without a GPU skips the CUDA cases visibly; QUAROT_REQUIRE_CUDA=1 makes a skip a failure
-(but for tests of a second GPU).
+A machine without a GPU skips the CUDA cases visibly; QUAROT_REQUIRE_CUDA=1 makes such a skip, and
+no other, a failure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hypothesis
 import pytest
 import torch
 
-from helpers import ONE_DEVICE
+from helpers import NO_CUDA
 
 # No deadlines (a shared machine stalls), no random failures of unrelated changes.
 hypothesis.settings.register_profile(
@@ -32,7 +32,7 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     required = os.environ.get("QUAROT_REQUIRE_CUDA") == "1"
-    if required and report.skipped and ONE_DEVICE not in str(report.longrepr):
+    if required and report.skipped and NO_CUDA in str(report.longrepr):
         report.outcome = "failed"
         report.longrepr = f"skipped under QUAROT_REQUIRE_CUDA=1: {report.longrepr}"
     return report
@@ -42,7 +42,7 @@ def pytest_runtest_makereport(
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device type that kernels are written for."""
     if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+        pytest.skip(f"{NO_CUDA}: no device")
     return torch.device(request.param)
 
 

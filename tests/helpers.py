@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ONE_DEVICE = "needs a second CUDA device"
-"""Reason of the skips that QUAROT_REQUIRE_CUDA=1 lets pass."""
+NO_CUDA = "needs CUDA"
+"""In the reason of every skip for want of a GPU or its kernel: QUAROT_REQUIRE_CUDA=1 fails those."""
 
 
 def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> Any:

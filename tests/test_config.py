@@ -83,6 +83,10 @@ def test_well_formed_preset_without_a_store_or_recipe_is_refused(preset: str, na
     [
         ({"w_bits": 5}, "w_bits"),
         ({"w_bits": True}, "w_bits"),
+        ({"w_bits": 4.0}, "w_bits"),
+        ({"kv_bits": 16.0}, "kv_bits"),
+        ({"w_group": 0.0}, "w_group"),
+        ({"rotation": ["none"]}, "rotation"),
         ({"a_bits": 3}, "a_bits"),
         ({"kv_bits": 2}, "kv_bits"),
         ({"w_group": 16}, "w_group"),
@@ -198,6 +202,17 @@ def test_dict_form_is_the_checkpoint_format() -> None:
 def test_tuples_in_clips_become_lists_in_json() -> None:
     config = QuarotConfig(clips={"v": (0.9, 0.8)})
     assert config.to_dict()["clips"] == {"v": [0.9, 0.8]}
+    assert QuarotConfig.from_dict(json.loads(config.to_json_string())) == config
+
+
+def test_clips_are_the_configs_own() -> None:
+    clips = {"v": [0.9, 0.8]}
+    config = QuarotConfig(clips=clips)
+    clips["v"][0] = 5.0
+    clips["gate"] = [0.9]
+    assert config.clips == {"v": (0.9, 0.8)}
+    config.to_dict()["clips"]["v"][1] = 5.0
+    assert config.clip("v", 0) == 0.9 and config.clip("v", 1) == 0.8
 
 
 @pytest.mark.parametrize(
@@ -214,6 +229,19 @@ def test_tuples_in_clips_become_lists_in_json() -> None:
 def test_from_dict_refuses(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         QuarotConfig.from_dict({**QuarotConfig().to_dict(), **fields})
+
+
+def test_a_checkpoints_fields_must_all_be_there() -> None:
+    fields = QuarotConfig(a_bits=8).to_dict()
+    assert QuarotConfig.from_dict(fields, complete=True) == QuarotConfig(a_bits=8)
+    for name in fields:
+        partial = {key: value for key, value in fields.items() if key != name}
+        with pytest.raises(ValueError, match=rf"^quantization_config: lacks \['{name}'\]"):
+            QuarotConfig.from_dict(partial, complete=True)
+    del fields["format_version"], fields["a_clip"]
+    with pytest.raises(ValueError, match=r"lacks \['a_clip', 'format_version'\]"):
+        QuarotConfig.from_dict(fields, complete=True)
+    assert QuarotConfig.from_dict({"a_bits": 8}) == QuarotConfig(a_bits=8), "by hand: as before"
 
 
 def test_from_dict_leaves_its_argument_alone() -> None:

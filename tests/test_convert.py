@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_execution_device_hook
 from torch import nn
 from transformers import GgufConfig, LlamaForSequenceClassification
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
@@ -114,6 +115,27 @@ def test_rtn_leaves_embeddings_tied_and_untouched():
     assert torch.equal(model.lm_head.weight, before)
 
 
+def test_hooks_of_a_dispatched_model_stay():
+    """accelerate's, which move a layer's inputs to its device; here, they only count calls."""
+
+    class Count(AlignDevicesHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            assert isinstance(module, DecoderLayer)
+            return super().pre_forward(module, *args, **kwargs)
+
+    model = tiny_model()
+    hooks = [Count(execution_device="cpu") for _ in model.model.layers]
+    for layer, hook in zip(model.model.layers, hooks, strict=True):
+        attach_execution_device_hook(layer, "cpu")  # on everything below, as dispatch_model does
+        add_hook_to_module(layer, hook)
+    convert(model)
+    assert torch.equal(logits(model), logits(convert(tiny_model())))
+    assert [hook.calls for hook in hooks] == [1, 1]
+
+
 # --- memory -------------------------------------------------------------------------------------
 
 
@@ -199,7 +221,7 @@ REFUSALS = {
     "group": (
         lambda model: None,
         "W4A4KV4-g64",
-        r"model\.layers\.0\.mlp\.down_proj: w_group 64 .* 96 input columns; .* one of \[32\]",
+        r"model\.layers\.0\.mlp\.down_proj: group: got 64 for 96 input columns, .*\(32\)",
     ),
     "clips": (
         lambda model: None,
@@ -235,6 +257,26 @@ def test_columns_that_the_kernel_cannot_read_are_named():
     ):
         convert(model)
     convert(model, "W16A8KV4")  # no int4 weights, no such limit
+
+
+@pytest.mark.parametrize("head_dim", [20, 36, 320])
+@pytest.mark.parametrize("kv_bits", [4, 8])
+def test_heads_that_the_cache_cannot_store_are_named(head_dim, kv_bits):
+    model = tiny_model(head_dim=head_dim)
+    before = copy.deepcopy(model.state_dict())
+    message = f"head_dim: got {head_dim}, .* multiple of 8, at most 256"
+    with pytest.raises(ValueError, match=message):
+        convert(model, QuarotConfig(w_bits=16, kv_bits=kv_bits))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        hf.install_layers(tiny_model(head_dim=head_dim), QuarotConfig(w_bits=16, kv_bits=kv_bits))
+    assert logits(convert(model, "W16A8KV16")).isfinite().all()
+
+
+def test_the_cache_stores_the_heads_that_the_kernels_take():
+    """The bounds stand in C++ too: at them a forward must run."""
+    for head_dim in (8, 24, 256):
+        assert logits(convert(tiny_model(head_dim=head_dim), "W16A8KV4")).isfinite().all()
 
 
 def test_refuses_what_is_quantized_already():
@@ -279,6 +321,9 @@ def test_failure_half_way_makes_the_model_unusable(monkeypatch, tmp_path, failur
         "forward": lambda m: m(IDS),
         "generate": lambda m: m.generate(IDS, max_new_tokens=2),
         "save": lambda m: m.save_pretrained(tmp_path),
+        "state dict": lambda m: m.state_dict(),
+        "decoder": lambda m: m.model(IDS),
+        "decoder's state dict": lambda m: m.model.state_dict(),
         "convert": lambda m: convert(m),
     }
     for use in uses.values():

@@ -173,8 +173,20 @@ def test_random_orthogonal_is_orthogonal_and_seeded():
     q = hadamard.random_orthogonal(96, seed=1)
     assert q.dtype == torch.float64
     torch.testing.assert_close(q @ q.T, torch.eye(96, dtype=torch.float64))
-    assert torch.equal(q, hadamard.random_orthogonal(96, seed=1))
+    torch.testing.assert_close(q, hadamard.random_orthogonal(96, seed=1), rtol=0, atol=1e-12)
     assert not torch.allclose(q, hadamard.random_orthogonal(96, seed=2))
+
+
+def test_random_orthogonal_differs_by_roundings_only_over_threads():
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(hadamard.random_orthogonal(192, seed=1))
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
 
 
 SIGNS_SHA256 = "0a55e7c42cb6e491fee5a4e36cf5fec83234d8d8c9903135d65f4c6540444190"

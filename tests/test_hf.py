@@ -135,7 +135,7 @@ def test_conversion_on_the_fly(tmp_path):
 
 def test_conversion_on_the_fly_names_what_does_not_fit(tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="w_group 64"):
+    with pytest.raises(ValueError, match="down_proj: group: got 64"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=QuarotConfig(w_group=64))
 
 
@@ -150,13 +150,19 @@ def test_copies_are_independent():
     assert torch.equal(logits(model), expected)
 
 
-def test_casting_a_converted_model():
+def test_casting_a_converted_model(tmp_path):
     model = converted()
     scales = [t.clone() for n, t in model.state_dict().items() if n.endswith("weight_scale")]
     model.to(torch.bfloat16)
     assert model.dtype == torch.bfloat16 and logits(model).isfinite().all()
     after = [t for n, t in model.state_dict().items() if n.endswith("weight_scale")]
     assert all(torch.equal(a, b) for a, b in zip(scales, after, strict=True))
+    model.save_pretrained(tmp_path)
+    again = quarot.load(tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    # A loaded model, and a copy, keep their rotary frequencies through casts as well.
+    for other in (again, copy.deepcopy(model)):
+        assert torch.equal(logits(other.to(torch.float32).to(torch.bfloat16)), logits(model))
     with pytest.raises(TypeError, match="float64"):
         model.double()
 
@@ -280,6 +286,16 @@ def test_configs_of_another_format(checkpoint, nothing_is_built, field, value, m
         load(checkpoint)
 
 
+@pytest.mark.parametrize("load", [quarot.load, AutoModelForCausalLM.from_pretrained])
+def test_config_with_fields_missing(checkpoint, nothing_is_built, load):
+    def drop(config):
+        del config["quantization_config"]["seed"], config["quantization_config"]["format_version"]
+
+    edit(checkpoint, drop)
+    with pytest.raises(ValueError, match=r"lacks \['format_version', 'seed'\]"):
+        load(checkpoint)
+
+
 @pytest.mark.parametrize("dtype", [None, "float64"])
 def test_config_without_a_dtype_of_ours(checkpoint, nothing_is_built, dtype):
     edit(checkpoint, lambda config: config.update(dtype=dtype))
@@ -317,6 +333,30 @@ def test_no_pickle_is_read(checkpoint, nothing_is_built, load):
     with pytest.raises((ValueError, OSError), match="safetensors"):
         load(checkpoint)
     assert not read.exists()
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_no_pickle_is_read_on_the_fly(tmp_path, monkeypatch, dtype):
+    """Without a dtype in config.json transformers would look for one in the weights."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    edit(tmp_path, lambda config: config.update(dtype=dtype))
+    (tmp_path / WEIGHTS).unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    read = []
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: read.append(args) or {})
+    with pytest.raises(ValueError, match=r"no pickles|config\.json: got no dtype"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=QuarotConfig())
+    assert read == []
+
+
+def test_conversion_on_the_fly_with_the_dtype_given(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    edit(tmp_path, lambda config: config.update(dtype=None))
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, quantization_config=QuarotConfig()
+    )
+    assert model.dtype == torch.bfloat16 and logits(model).isfinite().all()
 
 
 # --- what is refused ----------------------------------------------------------------------------

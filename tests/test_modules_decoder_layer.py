@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, StaticCache
 
-from helpers import MODEL_SHAPES, tiny_model
+from helpers import MODEL_SHAPES, NO_CUDA, tiny_model
 from quarot import hadamard, rotate
 from quarot.config import QuarotConfig
 from quarot.convert import quantize_layer
@@ -177,7 +177,7 @@ def stages(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch) -> dict[st
     """Run the layer; each stage's error against float64 arithmetic on the codes it made."""
     recorder = Recorder(linear_module.backend_ops(backend))
     with monkeypatch.context() as patch:
-        patch.setitem(linear_module._BACKENDS, backend, recorder)
+        patch.setitem(linear_module.BACKENDS, backend, recorder)
         case.run()
     layer, g = case.ours, case.geometry
     linears = {
@@ -265,6 +265,12 @@ def test_without_a_cache_is_with_one(preset: str) -> None:
         assert error(got, case.run(use_cache=False)) < 1e-6
 
 
+# A matrix product of another shape may round a value across a boundary of the cache's grid. One such
+# code changes these outputs by up to 0.015 (KV4) and 0.0008 (KV8); a lost token, a wrong position or
+# a visible padding token by 0.08 and more. Without codes there is only rounding.
+LIMITS = {"W4A16KV4": 0.025, "W16A16KV8": 0.002, "W4A16KV16": 1e-5, "W16A16KV16": 1e-5}
+
+
 @pytest.mark.parametrize("kind", ["growing", "static"])
 @pytest.mark.parametrize("preset", ["W4A16KV4", "W16A16KV8", "W4A16KV16"])
 def test_prefill_then_decode_is_one_prefill(preset: str, kind: str) -> None:
@@ -275,7 +281,7 @@ def test_prefill_then_decode_is_one_prefill(preset: str, kind: str) -> None:
         got.append(case.run(x=x, start=start, past_key_values=cache))
         start += tokens
     assert start == TOKENS == int(cache.get_seq_length(INDEX))
-    assert error(torch.cat(got, 1), case.run()) < 1e-5
+    assert error(torch.cat(got, 1), case.run()) < LIMITS[preset]
 
 
 PADS = 4
@@ -303,8 +309,8 @@ def test_left_padding_changes_nothing(preset: str, kind: str | None, mask: str) 
     got = case.run(
         position_ids=positions, attention_mask=attention_mask, past_key_values=case.cache(kind)
     )
-    assert error(got[0, PADS:], case.run(x=case.x[:1, PADS:])[0]) < 1e-5
-    assert error(got[1], case.run(x=case.x[1:])[0]) < 1e-5
+    assert error(got[0, PADS:], case.run(x=case.x[:1, PADS:])[0]) < LIMITS[preset]
+    assert error(got[1], case.run(x=case.x[1:])[0]) < LIMITS[preset]
 
 
 @pytest.mark.parametrize("mask", [*MASKS, "float -inf"])
@@ -446,7 +452,7 @@ def test_other_dtypes_are_refused_and_nothing_changes(dtype: torch.dtype) -> Non
     assert torch.equal(case.run(), before)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_CUDA)
 def test_moving_to_the_gpu_and_back() -> None:
     case = Case("W4A4KV4", "bias", a_symmetric=False)
     state, before = case.ours.state_dict(), case.run()
@@ -465,7 +471,7 @@ def test_moving_to_the_gpu_and_back() -> None:
             "W4A4KV4",
             "mlp.down_proj: has 80 input columns, 4-bit weights",
         ),
-        ({}, "W4A4KV4-g64", r"mlp.down_proj: w_group 64 does not divide its 96.*one of \[32\]"),
+        ({}, "W4A4KV4-g64", r"mlp.down_proj: group: got 64 for 96 .*\(32\)"),
     ],
 )
 def test_widths_that_no_kernel_multiplies(sizes: dict, preset: str, message: str) -> None:

@@ -10,6 +10,7 @@ from quarot import ops
 from quarot.ops import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+both_modules = pytest.mark.parametrize("module", [ops, reference], ids=["op", "reference"])
 CPU = torch.device("cpu")
 
 
@@ -245,6 +246,7 @@ def booleans(*shape):
     return torch.ones(shape, dtype=torch.bool)
 
 
+@both_modules
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -273,9 +275,9 @@ def booleans(*shape):
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
-def test_refusals_name_the_argument(changes, message):
+def test_refusals_name_the_argument(module, changes, message):
     with pytest.raises(RuntimeError, match=message):
-        ops.attention(**(good() | changes))
+        module.attention(**(good() | changes))
 
 
 def test_refuses_a_query_that_requires_grad(device):

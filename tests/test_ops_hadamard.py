@@ -5,17 +5,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import ONE_DEVICE, assert_accurate, dense_hadamard, poisoned, strided
+from helpers import NO_CUDA, assert_accurate, dense_hadamard, poisoned, strided
 from quarot import hadamard, ops
 from quarot.ops import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+both_modules = pytest.mark.parametrize("module", [ops, reference], ids=["op", "reference"])
 OP = torch.ops.quarot.hadamard.default
 
 
 def needs_kernel(device):
     if ops.kernels()["hadamard"][device.type] != "kernel":
-        pytest.skip(f"no hadamard kernel for {device.type} in this build")
+        pytest.skip(f"{NO_CUDA}: this build has no hadamard kernel")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,6 +114,7 @@ def test_non_finite_values_stay_in_their_block(device):
     assert torch.equal(actual[~touched], clean[~touched])
 
 
+@both_modules
 @pytest.mark.parametrize(
     ("x", "size", "options", "message"),
     [
@@ -129,9 +131,9 @@ def test_non_finite_values_stay_in_their_block(device):
         (torch.zeros(2, 48), 48, {"factor": torch.ones(20, 20, dtype=torch.int8)}, "factor|size"),
     ],
 )
-def test_refusals_name_the_argument(x, size, options, message):
+def test_refusals_name_the_argument(module, x, size, options, message):
     with pytest.raises((RuntimeError, ValueError), match=message):
-        ops.hadamard(x, size, **options)
+        module.hadamard(x, size, **options)
 
 
 def test_refuses_tensors_that_require_grad(device):
@@ -188,7 +190,7 @@ def test_is_captured_in_a_graph(device):
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_runs_on_a_second_device(device):
     if torch.cuda.device_count() < 2:
-        pytest.skip(ONE_DEVICE)
+        pytest.skip("one GPU only")
     x = torch.randn(3, 576)
     actual = ops.hadamard(x.to("cuda:1"))
     assert actual.device.index == 1

@@ -49,6 +49,30 @@ def test_fallback_runs_the_reference_and_is_noted_once(caplog):
     ]
 
 
+@pytest.mark.parametrize(
+    ("op", "arguments", "message"),
+    [
+        ("quantize", (torch.zeros(2, 8), 5, True, 1.0, 0, False), "bits.*5"),
+        ("quantize", (torch.zeros(2, 8), 4, True, 7.0, 0, False), "clip.*7"),
+        ("quantize", (torch.zeros(2, 8).double(), 4, True, 1.0, 0, False), "x .*float64"),
+        (
+            "rmsnorm_quantize",
+            (torch.zeros(2, 8), torch.ones(7), 1e-6, 4, True, 1.0, 0, False),
+            "weight.*7",
+        ),
+        (
+            "dequantize",
+            (torch.zeros(2, 8).char(), torch.ones(2), None, torch.float64),
+            "dtype.*float64",
+        ),
+    ],
+)
+def test_fallback_refuses_what_a_kernel_refuses(op, arguments, message):
+    for call in (library._fallback(op), getattr(torch.ops.quarot, op)):
+        with pytest.raises(RuntimeError, match=message):
+            call(*arguments)
+
+
 def test_a_missing_library_says_what_to_do(monkeypatch):
     def missing(name):
         raise ModuleNotFoundError(f"No module named {name!r}")

@@ -10,6 +10,7 @@ from quarot import ops
 from quarot.ops import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+both_modules = pytest.mark.parametrize("module", [ops, reference], ids=["op", "reference"])
 
 
 def make(m, n, k, *, bits=8, groups=1, asymmetric=False, seed=0):
@@ -218,12 +219,12 @@ GOOD = {
 }
 
 
+@both_modules
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"x_q": X_Q.float()}, "x_q.*int8.*float32"),
         ({"x_q": X_Q[:, :48]}, "x_q.*32.*48"),
-        ({"x_q": X_Q.view(torch.uint8)[:, :32]}, "x_q.*packed"),
         ({"x_q": X_Q[:, :32]}, "w .*"),
         ({"x_scale": X_SCALE.double()}, "x_scale.*float32.*float64"),
         ({"x_scale": X_SCALE[:1]}, r"x_scale.*\[2\].*\[1\]"),
@@ -232,7 +233,7 @@ GOOD = {
         ({"x_zero": X_ZERO[:1], "w_sum": W_SUM}, "x_zero.*shape"),
         ({"x_zero": X_ZERO, "w_sum": W_SUM.float()}, "w_sum.*int32.*float32"),
         ({"x_zero": X_ZERO, "w_sum": W_SUM[:, 0]}, "w_sum.*shape"),
-        ({"w": ops.pack_int4(W)}, r"w must .*\[16, 32\]"),
+        ({"w": W.view(torch.uint8)}, r"w must .*\[16, 32\]"),
         ({"w_scale": W_SCALE[:, 0]}, "w_scale.*groups"),
         ({"w_scale": W_SCALE.half()}, "w_scale.*float32.*float16"),
         ({"w_scale": torch.ones(16, 3)}, "w_scale.*3"),
@@ -244,25 +245,38 @@ GOOD = {
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
-def test_refusals_name_the_argument(changes, message):
-    arguments = GOOD | changes
-    with pytest.raises((RuntimeError, NotImplementedError), match=message):
-        ops.linear_int4(**arguments)
+def test_refusals_name_the_argument(module, changes, message):
+    canonical = {"w": ops.pack_int4(W)} if module is reference else {}
+    with pytest.raises(RuntimeError, match=message):
+        module.linear_int4(**(GOOD | canonical | changes))
 
 
 @pytest.mark.parametrize(
-    ("call_", "message"),
+    ("changes", "message"),
     [
-        (lambda: ops.prepack_int4(X_Q), "w_packed.*uint8"),
-        (lambda: ops.prepack_int4(torch.zeros(4, 8, dtype=torch.uint8)), "w_packed.*32.*16"),
-        (lambda: ops.prepack_int4(torch.zeros(64, dtype=torch.uint8)), "w_packed.*n, k"),
-        (lambda: ops.unprepack_int4(GOOD["w"], 17, 64), "w .*shape"),
-        (lambda: ops.unprepack_int4(GOOD["w"], 16, 48), "k.*32.*48"),
+        ({"x_q": X_Q.view(torch.uint8)[:, :32]}, "x_q.*packed"),
+        ({"w": ops.pack_int4(W)}, r"w must .*\[16, 32\]"),
     ],
 )
-def test_prepack_refusals_name_the_argument(call_, message):
+def test_the_kernel_refuses_other_layouts(changes, message):
     with pytest.raises(RuntimeError, match=message):
-        call_()
+        ops.linear_int4(**(GOOD | changes))
+
+
+@both_modules
+@pytest.mark.parametrize(
+    ("call_", "message"),
+    [
+        (lambda f: f.prepack_int4(X_Q), "w_packed.*uint8"),
+        (lambda f: f.prepack_int4(torch.zeros(4, 8, dtype=torch.uint8)), "w_packed.*32.*16"),
+        (lambda f: f.prepack_int4(torch.zeros(64, dtype=torch.uint8)), "w_packed.*n, k"),
+        (lambda f: f.unprepack_int4(GOOD["w"], 17, 64), "w .*shape"),
+        (lambda f: f.unprepack_int4(GOOD["w"], 16, 48), "k.*32.*48"),
+    ],
+)
+def test_prepack_refusals_name_the_argument(module, call_, message):
+    with pytest.raises(RuntimeError, match=message):
+        call_(module)
 
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)

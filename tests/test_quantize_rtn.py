@@ -44,7 +44,7 @@ def test_dequantized_weight_is_what_the_linear_multiplies_by():
     ("columns", "fitting"), [(96, "32"), (576, "32, 64"), (160, "32"), (50, "none")]
 )
 def test_a_group_that_does_not_fit_names_those_that_do(columns, fitting):
-    with pytest.raises(ValueError, match=rf"^w_group: got 128 for {columns} .*\({fitting}\)"):
+    with pytest.raises(ValueError, match=rf"^group: got 128 for {columns} .*\({fitting}\)"):
         rtn.quantize_weight(torch.zeros(4, columns), QuarotConfig(w_group=128))
 
 

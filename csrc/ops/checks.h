@@ -1,6 +1,6 @@
 // What every op does before and around its kernel: named checks, dtype conversion, allocation, rows
 // of a strided tensor, and the place a kernel runs on (torch's CPU threads, or a guarded device
-// with its current stream).
+// with its current stream). Above 150 lines: short helpers that every op includes together.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>

@@ -40,7 +40,7 @@ QuantizedTensors rmsnorm_quantize(const Tensor& x, OptionalTensor weight, double
   }
   const QuantizedOut out =
       quantized_out(x, lead_of(x, 1), in.rows.n, {bits, symmetric, clip, group, packed}, op);
-  if (x.numel() != 0) {
+  if (std::get<1>(out.tensors).numel() != 0) {
     launch<kernel>(x, RmsnormQuantizeArgs{out.rows, in.rows, w ? w->data_ptr() : nullptr,
                                           weight_dtype, static_cast<float>(eps)});
   }
@@ -104,7 +104,7 @@ QuantizedTensors head_hadamard_quantize(const Tensor& x, int64_t heads, Optional
   const MatrixOf m = matrix_of(heads, factor, scale, x.size(x.dim() - 2), x, op, "heads");
   const QuantizedOut out =
       quantized_out(x, lead_of(x, 2), in.rows.n, {bits, symmetric, clip, group, packed}, op);
-  if (x.numel() != 0) {
+  if (std::get<1>(out.tensors).numel() != 0) {
     launch<kernel>(x, HeadHadamardQuantizeArgs{out.rows, in.rows, x.size(x.dim() - 1), m.matrix});
   }
   return out.tensors;

@@ -26,6 +26,10 @@ from quarot.ops import reference
 _STEP = 64
 """Tokens that a growing cache's capacity is a multiple of."""
 
+_HEAD_DIM_MULTIPLE = 8
+_MAX_HEAD_DIM = 256
+"""What the kernels take: kHeadDimMultiple and kMaxHeadDim of csrc/kernels/kv_cache.h."""
+
 _BUFFERS = ("k_codes", "k_scale", "k_zero", "v_codes", "v_scale", "v_zero")
 
 
@@ -34,12 +38,24 @@ class CacheSpec:
     """What a layer of the cache stores.
 
     Args:
-        bits: 4 or 8;  kv_heads, head_dim: geometry of the keys and values.
+        bits: 4, 8, or 16 = transformers' own layer, which takes any head_dim.
+        kv_heads, head_dim: geometry of the keys and values.
+
+    Raises:
+        ValueError: the kernels cannot store such heads.
     """
 
     bits: int
     kv_heads: int
     head_dim: int
+
+    def __post_init__(self) -> None:
+        fits = self.head_dim % _HEAD_DIM_MULTIPLE == 0 and self.head_dim <= _MAX_HEAD_DIM
+        if self.bits < 16 and not fits:
+            raise ValueError(
+                f"head_dim: got {self.head_dim}, a {self.bits}-bit KV cache needs a multiple of "
+                f"{_HEAD_DIM_MULTIPLE}, at most {_MAX_HEAD_DIM} (KV16 takes any)"
+            )
 
 
 class QuantizedLayer(CacheLayerMixin):

@@ -37,8 +37,9 @@ import quarot
 from quarot import _C, data, eval, ops
 from quarot.config import QuarotConfig
 from quarot.convert import convert as convert_model
-from quarot.hf import BACKENDS, load_model, weight_bytes
+from quarot.hf import load_model, weight_bytes
 from quarot.models import ARCHITECTURES
+from quarot.modules.linear import BACKENDS
 
 NO_PRESET = "none"
 INTERRUPTED = 130  # exit code by the shells' convention: 128 + SIGINT
@@ -146,7 +147,7 @@ Backend = Annotated[
     str,
     typer.Option(
         help="kernel, or reference: the executable specification of the same arithmetic.",
-        callback=_choice("backend", BACKENDS),
+        callback=_choice("backend", tuple(BACKENDS)),
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]

@@ -56,14 +56,15 @@ class QuarotConfig:
         a_symmetric: activations around zero (else with a zero point).
         a_clip: share of max|x| (of the range, when asymmetric) that activations keep, in (0, 1].
         kv_clip: the same for keys and values, which are always asymmetric.
-        clips: overrides of the two above, site -> one ratio a layer; sites are `SITES`.
+        clips: overrides of the two above, site -> one ratio a layer; sites are `SITES`. Copied.
         rotation: matrix of R1 and R2: "hadamard" (random signs x Hadamard for R1, Hadamard for
             R2), "random" (random orthogonal), "given" (tensors handed to `rotate`), "none".
         r1, r2: fuse the residual-stream and the per-head rotation into the weights.
         r3: Hadamard of queries and keys after RoPE (only where the KV cache is quantized).
         r4: Hadamard of the down projection's input.
         head_hadamard: Hadamard across heads at the output projection's input.
-        seed: seed of the random signs or matrices.
+        seed: seed of the random signs or matrices (what it fixes: `hadamard.random_signs`,
+            `hadamard.random_orthogonal`).
         recipe: the named recipe this came from.
 
     Raises:
@@ -101,7 +102,7 @@ class QuarotConfig:
         _ratio("kv_clip", self.kv_clip)
         if not (_is_number(self.w_clip_norm) and 0 < self.w_clip_norm < math.inf):
             raise ValueError(f"w_clip_norm: got {self.w_clip_norm!r}, needs a number above 0")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+        if type(self.seed) is not int or self.seed < 0:
             raise ValueError(f"seed: got {self.seed!r}, needs an integer ≥ 0")
         if self.rotation == "none" and (self.r1 or self.r2):
             raise ValueError('rotation: got "none" with r1 or r2 on; needs both off, or a matrix')
@@ -116,6 +117,9 @@ class QuarotConfig:
                 raise ValueError(f"clips[{site!r}]: got {ratios!r}, needs one ratio for each layer")
             for ratio in ratios:
                 _ratio(f"clips[{site!r}]", ratio)
+        if self.clips is not None:  # a copy: the caller's lists may change later
+            clips = {site: tuple(ratios) for site, ratios in self.clips.items()}
+            object.__setattr__(self, "clips", clips)
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> QuarotConfig:
@@ -173,8 +177,15 @@ class QuarotConfig:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> QuarotConfig:
-        """Rebuild a config from `to_dict`'s form; unknown fields and newer formats are errors."""
+    def from_dict(cls, fields: Mapping[str, Any], *, complete: bool = False) -> QuarotConfig:
+        """Rebuild a config from `to_dict`'s form; unknown fields and newer formats are errors.
+
+        Args:
+            complete: whether every field must be there, as in a checkpoint, whose meaning may not
+                depend on this version's defaults; else missing ones get their defaults.
+        """
+        if complete and (missing := sorted(cls().to_dict().keys() - fields.keys())):
+            raise ValueError(f"quantization_config: lacks {missing}, needs every field")
         fields = dict(fields)
         method = fields.pop("quant_method", "quarot")
         if method != "quarot":
@@ -195,7 +206,7 @@ class QuarotConfig:
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    if isinstance(value, bool) or value not in allowed:
+    if type(value) is not type(allowed[0]) or value not in allowed:  # 4.0 and True are no 4 and 1
         raise ValueError(f"{name}: got {value!r}, needs one of {', '.join(map(str, allowed))}")
 
 

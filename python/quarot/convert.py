@@ -13,14 +13,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from quarot import hadamard, hf, rotate
 from quarot.config import QuarotConfig
 from quarot.models import Architecture, Geometry, describe
-from quarot.modules.canonical import linear_shapes, norm_shapes
+from quarot.modules.canonical import DTYPES, linear_shapes, norm_shapes
 from quarot.modules.decoder_layer import DecoderLayer
+from quarot.modules.linear import backend_ops
 from quarot.quantize import rtn
 
 logger = logging.getLogger("quarot")
@@ -58,7 +60,7 @@ def convert(
         Exception: anything that fails later; the model is then unusable and says so when used.
     """
     config = _resolve(config, seed)
-    hf.check_backend(backend)
+    backend_ops(backend)  # raises on an unknown one
     arch, geometry = check(model, config)
     rotations = rotate.Rotations.from_config(config, geometry)
     _log_unrotated(config, geometry)
@@ -67,7 +69,7 @@ def convert(
         _convert(model, config, arch, geometry, rotations, backend, progress)
         return hf.adopt(model, config)
     except BaseException as error:
-        _make_unusable(model, error)
+        _make_unusable(model, model.get_submodule(arch.decoder), error)
         raise
 
 
@@ -104,7 +106,11 @@ def _convert(
     for index in steps:
         layer = layers[index]
         rotate.rotate_layer(layer, arch, geometry, rotations, index)
-        layers[index] = quantize_layer(layer, arch, geometry, config, index, backend)
+        new = quantize_layer(layer, arch, geometry, config, index, backend)
+        if hook := getattr(layer, "_hf_hook", None):
+            # accelerate's, on a model over several devices: it brings the inputs to the layer's.
+            add_hook_to_module(new, hook)
+        layers[index] = new
 
 
 def _renew_rotary(rotary: Any, transformers_config: Any) -> None:
@@ -162,8 +168,6 @@ def check(model: Any, config: QuarotConfig) -> tuple[Architecture, Geometry]:
     config.check_layers(geometry.layers)
     if config.rotation == "given":
         raise ValueError('rotation: got "given", which has no matrices here; use quarot.rotate')
-    if config.kv_bits == 4 and geometry.head_dim % 2:
-        raise ValueError(f"model: got head_dim {geometry.head_dim}, needs an even one for KV4")
     for index, layer in enumerate(model.get_submodule(arch.layers)):
         _check_layer(layer, index, arch, geometry, config)
     _check_tensors(model)
@@ -235,11 +239,9 @@ def _check_tensors(model: nn.Module) -> None:
         if parameter.device.type == "meta":
             raise ValueError(f"model: {name} is on the meta device; load its weights first")
         dtypes[parameter.dtype] = name
-        if parameter.dtype not in hf.DTYPES or len(dtypes) > 1:
+        if parameter.dtype not in DTYPES or len(dtypes) > 1:
             got = ", ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
-            raise ValueError(
-                f"model: got {got}, needs one dtype of {', '.join(map(str, hf.DTYPES))}"
-            )
+            raise ValueError(f"model: got {got}, needs one dtype of {', '.join(map(str, DTYPES))}")
     for name, parameter in model.named_parameters():
         # A sum is finite only if every term is; float64 keeps large ones from overflowing.
         if not torch.isfinite(parameter.detach().sum(dtype=torch.float64)):
@@ -274,10 +276,11 @@ def _forget_quantizer(model: Any) -> None:
             delattr(owner, name)
 
 
-def _make_unusable(model: Any, error: BaseException) -> None:
+def _make_unusable(model: Any, decoder: Any, error: BaseException) -> None:
     """Turn a half-converted model into one whose every use raises, with the reason.
 
-    Its class is swapped, so that deepcopy and isinstance keep working.
+    So for the decoder in it, which can be used by itself. Their classes are swapped, so that
+    deepcopy and isinstance keep working.
     """
     reason = (
         "this model is unusable: quarot.convert failed half-way "
@@ -287,6 +290,7 @@ def _make_unusable(model: Any, error: BaseException) -> None:
     def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(reason)
 
-    used = ("__call__", "forward", "generate", "save_pretrained", "push_to_hub")
-    body = {**dict.fromkeys(used, refuse), "_quarot_unusable": reason}
-    model.__class__ = type(type(model).__name__, (type(model),), body)
+    uses = ("__call__", "forward", "generate", "state_dict", "save_pretrained", "push_to_hub")
+    body = {**dict.fromkeys(uses, refuse), "_quarot_unusable": reason}
+    for module in (model, decoder):
+        module.__class__ = type(type(module).__name__, (type(module),), body)

@@ -146,6 +146,9 @@ def random_signs(n: int, seed: int) -> Tensor:
 def random_orthogonal(n: int, seed: int) -> Tensor:
     """Return a uniformly random orthogonal matrix: float64 [n, n] on the CPU, seeded.
 
+    The seed fixes the matrix up to rounding, not its last bits: those depend on LAPACK and its
+    number of threads. A checkpoint is unaffected, because its weights contain the matrix.
+
     QR of a Gaussian matrix with the signs of R's diagonal moved into Q (Mezzadri, "How to generate
     random matrices from the classical compact groups", 2007, section 5).
     """

@@ -19,7 +19,7 @@ import contextlib
 import contextvars
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,12 +34,10 @@ from transformers.quantizers.base import HfQuantizer
 
 from quarot.config import QuarotConfig
 from quarot.models import Architecture, Geometry, describe
+from quarot.modules.canonical import DTYPES
 from quarot.modules.decoder_layer import DecoderLayer
-from quarot.modules.linear import QuantizedLinear
-
-BACKENDS = ("kernel", "reference")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What a model may have and compute in; what is not quantized keeps it."""
+from quarot.modules.linear import QuantizedLinear, backend_ops
+from quarot.modules.rotary import keep_float32
 
 MARKER = " [quarot checkpoint: run 'import quarot' before from_pretrained]"
 """Appended to `hidden_act` of a converted model's config."""
@@ -89,10 +87,13 @@ class QuarotQuantizer(HfQuantizer):
     def _open(self, config: Any) -> Any:
         if getattr(config, "distributed_config", None) is not None:
             raise ValueError("tp_plan, distributed_config: quarot models run on one process only")
+        if config.dtype is None:  # transformers would open the weights, even a pickle, to guess
+            raise ValueError(
+                "config.json: got no dtype, needs the dtype of the checkpoint; for conversion on "
+                "the fly, AutoModelForCausalLM.from_pretrained(…, dtype=…) can also give it"
+            )
         if self.pre_quantized:
             config.hidden_act = config.hidden_act.removesuffix(MARKER)
-            if config.dtype is None:  # transformers would open the weights, even a pickle, to guess
-                raise ValueError("config.json: got no dtype, needs the dtype of the checkpoint")
         return config
 
     def _process_model_before_weight_loading(
@@ -149,7 +150,15 @@ class _OnCpu(collections.OrderedDict):
         super().__setitem__(name, tensor.cpu())
 
 
-AUTO_QUANTIZATION_CONFIG_MAPPING["quarot"] = QuarotConfig
+class _CheckpointConfig:
+    """Read the quantization_config of config.json: all its fields must be there."""
+
+    @staticmethod
+    def from_dict(fields: Mapping[str, Any]) -> QuarotConfig:
+        return QuarotConfig.from_dict(fields, complete=True)
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING["quarot"] = _CheckpointConfig
 AUTO_QUANTIZER_MAPPING["quarot"] = QuarotQuantizer
 
 
@@ -167,9 +176,8 @@ def install_layers(model: Any, config: QuarotConfig, backend: str = "kernel") ->
         backend: "kernel" or "reference".
 
     Raises:
-        ValueError: the architecture or a size is not supported.
+        ValueError: the architecture, a size or the backend is not supported.
     """
-    check_backend(backend)
     arch = describe(model.config)
     geometry = arch.geometry(model.config)
     config.check_layers(geometry.layers)
@@ -214,7 +222,9 @@ def adopt(model: Any, config: QuarotConfig) -> Any:
     model.config._is_quantized = True
     model.config._attn_implementation = "quarot"  # ours: others ignore padding or the int4 cache
     model.config.hidden_act = model.config.hidden_act.removesuffix(MARKER) + MARKER
-    decoder = model.get_submodule(describe(model.config).decoder)
+    arch = describe(model.config)
+    keep_float32(model.get_submodule(arch.rotary))
+    decoder = model.get_submodule(arch.decoder)
     for module in (model, decoder):
         module._no_split_modules = {*(module._no_split_modules or ()), DecoderLayer.__name__}
     # output_hidden_states records modules by class; without ours it would silently return nothing.
@@ -360,16 +370,10 @@ def weight_bytes(model: Any) -> int:
     return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
-def check_backend(backend: str) -> None:
-    """Raise ValueError unless `backend` is one of `BACKENDS`."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, needs one of {', '.join(BACKENDS)}")
-
-
 @contextlib.contextmanager
 def _use_backend(backend: str) -> Iterator[None]:
     # from_pretrained hands no argument of ours to the quantizer it creates.
-    check_backend(backend)
+    backend_ops(backend)  # raises on an unknown one
     token = _backend.set(backend)
     try:
         yield

@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 
 #include "kernels/error.h"
@@ -50,13 +51,13 @@ Isa choose() {
   if (const char* wanted = std::getenv("QUAROT_CPU_ISA"); wanted != nullptr && *wanted != '\0') {
     for (const Isa isa : kIsas) {
       if (std::strcmp(wanted, isa_name(isa)) != 0) continue;
-      QUAROT_ASSERT(isa_available(isa), std::string("QUAROT_CPU_ISA=") + wanted +
-                                            ": this build or this processor does not have it");
-      return isa;
+      if (isa_available(isa)) return isa;
+      throw std::runtime_error(std::string("quarot: QUAROT_CPU_ISA=") + wanted +
+                               ": this build or this processor does not have it");
     }
-    throw_error(
-        __FILE__, __LINE__,
-        std::string("QUAROT_CPU_ISA must be baseline, avx2 or avx512; got '") + wanted + "'");
+    throw std::runtime_error(
+        std::string("quarot: QUAROT_CPU_ISA must be baseline, avx2 or avx512; got '") + wanted +
+        "'");
   }
   if (isa_available(Isa::avx512)) return Isa::avx512;
   if (isa_available(Isa::avx2)) return Isa::avx2;

@@ -1,5 +1,6 @@
 #include "kernels/kv_cache.h"
 
+#include <stdexcept>
 #include <string>
 
 #include "kernels/cpu/isa.h"
@@ -15,11 +16,12 @@ void rope_hadamard_kv_append(const KvAppendArgs& args, const Executor& executor)
                 "rope_hadamard_kv_append: head_dim must be a multiple of 8, at most 256");
   for (int64_t b = 0; b < args.batch; ++b) {
     const int64_t start = args.start[b];
-    QUAROT_ASSERT(start >= 0 && start + args.seq <= args.capacity,
-                  "rope_hadamard_kv_append: start[" + std::to_string(b) + "] is " +
-                      std::to_string(start) + "; " + std::to_string(args.seq) +
-                      " token(s) from there do not fit a cache of capacity " +
-                      std::to_string(args.capacity));
+    if (start < 0 || start + args.seq > args.capacity) {  // the caller's: without file and line
+      throw std::runtime_error("quarot::rope_hadamard_kv_append: start[" + std::to_string(b) +
+                               "] is " + std::to_string(start) + "; " + std::to_string(args.seq) +
+                               " token(s) from there do not fit a cache of capacity " +
+                               std::to_string(args.capacity));
+    }
   }
   static const auto kernel = QUAROT_PICK(rope_hadamard_kv_append);
   kernel(args, executor);

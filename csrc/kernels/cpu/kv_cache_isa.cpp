@@ -14,7 +14,6 @@ namespace {
 constexpr float kScaleMin = 0x1p-14f;  // the smallest normal fp16
 constexpr float kScaleMax = 65504.0f;  // the largest
 constexpr uint16_t kNaN16 = 0x7e00;
-constexpr int32_t kInfinityBits = 0x7f800000;
 
 /// x [n] (with room for 16 more lanes, set to zero)  <-  data[i, i + n)
 QUAROT_INLINE void load_vector(float* x, DType dtype, const void* data, int64_t i, int64_t n) {

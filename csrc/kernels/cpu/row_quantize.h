@@ -12,8 +12,6 @@ namespace quarot::cpu::QUAROT_ISA {
 
 /// Smallest normal float: a smaller scale becomes 1, since its inverse could overflow.
 inline constexpr float kScaleFloor = 0x1p-126f;
-/// The bits of infinity; a larger |x| pattern is a NaN.
-inline constexpr int32_t kInfinityBits = 0x7f800000;
 
 /// How the values of a group become codes: clamp(rint(x * inv), low, high) + shift.
 struct Grid {

@@ -14,6 +14,8 @@
 // it.
 //
 // Loads and stores are unaligned. Tails use the same lanes: load_upto fills with zeros.
+//
+// Above 300 lines: one type, and what follows from its widths in one place.
 #pragma once
 
 #include <cstddef>
@@ -32,6 +34,8 @@ namespace quarot::cpu::QUAROT_ISA {
 
 /// Lanes of every vector type here.
 inline constexpr int64_t kLanes = 16;
+/// The bits of infinity; a larger |x| pattern is a NaN.
+inline constexpr int32_t kInfinityBits = 0x7f800000;
 
 // ---- Representation ----
 

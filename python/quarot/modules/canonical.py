@@ -13,13 +13,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from quarot.config import WEIGHT_GROUPS, QuarotConfig
+from quarot.config import QuarotConfig
 from quarot.models.base import Architecture, Geometry
+from quarot.quantize import grid
 
 _K_MULTIPLE = 32  # linear_int4 reads this many codes of a row at a time
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What a model may compute in."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What a model may have and compute in; what is not quantized keeps it."""
 
 
 def build(
@@ -175,12 +176,10 @@ def _check_width(path: str, columns: int, config: QuarotConfig) -> None:
         raise ValueError(
             f"{path}: has {columns} input columns, 4-bit weights need a multiple of {_K_MULTIPLE}"
         )
-    if config.w_group and columns % config.w_group:
-        works = [group for group in WEIGHT_GROUPS if group and columns % group == 0]
-        raise ValueError(
-            f"{path}: w_group {config.w_group} does not divide its {columns} input columns; "
-            f"needs 0 (the whole row) or one of {works}"
-        )
+    try:
+        grid.check_group(config.w_group, columns)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _place(layer: nn.Module, path: str, module: nn.Module) -> None:
@@ -201,7 +200,7 @@ def check_dtype(fn: Callable[[Tensor], Tensor], device: torch.device) -> torch.d
         TypeError: it would make a model of another dtype than bfloat16, float16 or float32.
     """
     moved = fn(torch.empty(0, device=device))
-    if moved.dtype not in _DTYPES:
+    if moved.dtype not in DTYPES:
         raise TypeError(
             f"dtype: got {moved.dtype}, a quarot model computes in bfloat16, float16 or float32"
         )

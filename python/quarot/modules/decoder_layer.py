@@ -40,7 +40,8 @@ class DecoderLayer(nn.Module):
         backend: "kernel" or "reference"; decides the layout of the fused weights.
 
     Raises:
-        ValueError: a linear's width does not suit 4-bit weights or their group.
+        ValueError: a linear's width does not suit 4-bit weights or their group, or head_dim the
+            quantized cache.
     """
 
     gradient_checkpointing = False  # transformers sets it on modules that have it; unused here

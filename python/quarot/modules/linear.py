@@ -18,14 +18,15 @@ from quarot import ops
 from quarot.modules.canonical import CanonicalLinear, apply_but_scale, check_dtype
 from quarot.ops import reference
 
-_BACKENDS: dict[str, ModuleType] = {"kernel": ops, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"kernel": ops, "reference": reference}
+"""Name of a backend -> its ops."""
 
 
 def backend_ops(backend: str) -> ModuleType:
-    """Return the module of ops that `backend` ("kernel" or "reference") names."""
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, needs one of {', '.join(_BACKENDS)}")
-    return _BACKENDS[backend]
+    """Return the module of ops that `backend` names; raise ValueError on an unknown one."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, needs one of {', '.join(BACKENDS)}")
+    return BACKENDS[backend]
 
 
 class QuantizedLinear(nn.Module):

@@ -4,8 +4,9 @@ Every function has the name and the arguments of its wrapper in `quarot.ops`, ru
 and works in float32 in the order that the kernels keep (Hadamard sums: in float64), so that a
 kernel is compared with it bit by bit where no transform, norm or exponential comes before the
 codes. It is also what `backend="reference"` and a device without a kernel run. Weights are
-canonical here (packed [n, k/2]): `prepack_int4` is the identity. float64 inputs keep their
-precision where nothing is quantized (bits=16).
+canonical here (packed [n, k/2]): `prepack_int4` is the identity. float64 inputs are taken, and keep
+their precision, where nothing is quantized (bits=16). The arguments are checked as the kernels do
+(`checks.py`), so a mistake is named on every device.
 
 Two traps of eager torch are avoided throughout: dividing by a Python number multiplies by its
 reciprocal on CUDA, so divisors are tensors; and integer matrix products do not exist there, so sums
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quarot import hadamard as _hadamard
+from quarot.ops import checks
 
 Quantized = tuple[Tensor, Tensor | None, Tensor | None]
 """(codes, scale, zero): zero None when symmetric; scale None too when bits = 16."""
@@ -39,6 +41,8 @@ def hadamard(
     scale: float | None = None,
 ) -> Tensor:
     """Blocks of `size` of the last dimension times H, one rounding."""
+    checks.floating("x", x)
+    checks.transform("size", size, factor, x.shape[-1])
     return _hadamard.transform(x.double(), size, scale, factor).to(x.dtype)
 
 
@@ -52,8 +56,10 @@ def quantize(
     packed: bool = False,
 ) -> Quantized:
     """Codes, scale and zero point per row, or per `group` columns of a row."""
+    checks.floating("x", x, wide=bits == 16)
     if bits == 16:
         return x, None, None
+    checks.quantizer(bits, clip, group, packed, x.shape[-1])
     rows = x.float().unflatten(-1, (-1, group)) if group else x.float()
     if x.shape[-1] == 0:
         low = high = rows.new_zeros((*rows.shape[:-1], 1))
@@ -88,7 +94,21 @@ def dequantize(
 ) -> Tensor:
     """scale * (code - zero), computed in float32."""
     codes = unpack_int4(q) if q.dtype == torch.uint8 else q
+    checks.require(
+        codes.dtype == torch.int8 and q.ndim >= 1, "q must be int8, or uint8 where packed", q
+    )
     grouped = scale.ndim == codes.ndim
+    n = codes.shape[-1]
+    shape: tuple[int, ...] = codes.shape[:-1]
+    if grouped:
+        groups = scale.shape[-1]
+        divides = n % groups == 0 if groups else n == 0
+        checks.require(divides, f"scale's groups must divide the {n} columns of q", scale)
+        shape = (*shape, groups)
+    checks.tensor("scale", scale, torch.float32, shape)
+    if zero is not None:
+        checks.tensor("zero", zero, torch.int32, shape)
+    checks.float_dtype("dtype", dtype)
     rows = codes.unflatten(-1, (scale.shape[-1], -1)) if grouped else codes
     values = rows.float() if zero is None else (rows - zero.unsqueeze(-1)).float()
     return (values * scale.unsqueeze(-1)).reshape(codes.shape).to(dtype)
@@ -96,12 +116,17 @@ def dequantize(
 
 def pack_int4(q: Tensor) -> Tensor:
     """int8 [..., n] in [-8, 7] -> uint8 [..., n/2]; the even index in the low nibble."""
+    checks.tensor("q", q, torch.int8)
+    even = q.ndim >= 1 and q.shape[-1] % 2 == 0
+    checks.require(even, "q must have an even last dimension", q)
     low, high = q[..., 0::2].view(torch.uint8), q[..., 1::2].view(torch.uint8)
     return (low & 15) | (high << 4)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
     """uint8 [..., n/2] -> int8 [..., n]: the inverse of `pack_int4`."""
+    checks.tensor("packed", packed, torch.uint8)
+    checks.require(packed.ndim >= 1, "packed must have at least 1 dimension(s)", packed)
     signed = packed.view(torch.int8)
     return torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).flatten(-2)
 
@@ -119,7 +144,7 @@ def hadamard_quantize(
     packed: bool = False,
 ) -> Quantized:
     """`hadamard`, then `quantize`, without a rounding in between."""
-    y = _transform(_wide(x), size, scale_hadamard, factor)
+    y = _transform(_wide("x", x, bits), size, scale_hadamard, factor)
     return _finish(y, x.dtype, bits, symmetric, clip, group, packed)
 
 
@@ -135,9 +160,11 @@ def rmsnorm_quantize(
     packed: bool = False,
 ) -> Quantized:
     """x / sqrt(mean(x^2) + eps) * weight, then `quantize`."""
-    y = _wide(x)
+    y = _wide("x", x, bits)
     y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps)
     if weight is not None:
+        checks.floating("weight", weight, wide=bits == 16)
+        checks.tensor("weight", weight, weight.dtype, x.shape[-1:])
         y = y * weight.to(y.dtype)
     return _finish(y, x.dtype, bits, symmetric, clip, group, packed)
 
@@ -156,7 +183,10 @@ def glu_hadamard_quantize(
     packed: bool = False,
 ) -> Quantized:
     """activation(gate) * up, then `hadamard`, then `quantize`; gate_up is [..., gate | up]."""
-    gate, up = _wide(gate_up).chunk(2, dim=-1)
+    wide = _wide("gate_up", gate_up, bits)
+    even = wide.shape[-1] % 2 == 0
+    checks.require(even, "gate_up must have an even last dimension", gate_up)
+    gate, up = wide.chunk(2, dim=-1)
     if activation == "silu":
         y = F.silu(gate) * up
     elif activation == "gelu":
@@ -164,7 +194,7 @@ def glu_hadamard_quantize(
     elif activation == "gelu_tanh":
         y = F.gelu(gate, approximate="tanh") * up
     else:
-        raise ValueError(f"activation: got {activation!r}, needs silu, gelu or gelu_tanh")
+        raise RuntimeError(f"activation must be silu, gelu or gelu_tanh; got {activation!r}")
     y = _transform(y, size, scale_hadamard, factor)
     return _finish(y, gate_up.dtype, bits, symmetric, clip, group, packed)
 
@@ -182,7 +212,8 @@ def head_hadamard_quantize(
     packed: bool = False,
 ) -> Quantized:
     """x [..., H, D] times (H_heads (x) I) in blocks of `heads` heads, then `quantize` of H * D."""
-    y = _transform(_wide(x).mT, heads, scale_hadamard, factor).mT.flatten(-2)
+    y = _wide("x", x, bits, 2).mT
+    y = _transform(y, heads, scale_hadamard, factor, name="heads").mT.flatten(-2)
     return _finish(y, x.dtype, bits, symmetric, clip, group, packed)
 
 
@@ -199,6 +230,7 @@ def linear_int4(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """((acc * x_scale) * w_scale) summed over groups (+ bias) (+ residual), acc exact."""
+    checks.linear(x_q, x_scale, x_zero, w, w_scale, w_sum, bias, residual, out_dtype)
     x_q = unpack_int4(x_q) if x_q.dtype == torch.uint8 else x_q
     weight = unpack_int4(w)
     groups = w_scale.shape[-1]
@@ -207,9 +239,7 @@ def linear_int4(
     for g in range(groups):
         columns = slice(g * width, (g + 1) * width)
         acc = _exact_product(x_q[..., columns], weight[:, columns])
-        if x_zero is not None:
-            if w_sum is None:
-                raise ValueError("w_sum: got None, needs int32 [n, groups] where x_zero is given")
+        if x_zero is not None and w_sum is not None:
             acc = acc.double() - x_zero.unsqueeze(-1).double() * w_sum[:, g].double()
         y = y + acc.float() * x_scale.unsqueeze(-1) * w_scale[:, g]
     if bias is not None:
@@ -221,11 +251,14 @@ def linear_int4(
 
 def prepack_int4(w_packed: Tensor) -> Tensor:
     """The identity: the reference reads the canonical layout."""
+    checks.packed_weight("w_packed", w_packed)
     return w_packed.clone()
 
 
 def unprepack_int4(w: Tensor, n: int, k: int) -> Tensor:
     """The inverse of `prepack_int4`."""
+    checks.columns("k", k)
+    checks.tensor("w", w, torch.uint8, (n, k // 2))
     return w.clone()
 
 
@@ -250,14 +283,17 @@ def rope_hadamard_kv_append(
     v_clip: float = 0.95,
 ) -> Tensor:
     """Rotate q and k, quantize k and v, write them at `start` of the cache; return q."""
+    checks.cache(q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, bits)
+    checks.appended(q, k, v, cos, sin, k_codes.shape[1], start)
+    for name, clip in (("k_clip", k_clip), ("v_clip", v_clip)):
+        checks.require(0 < clip <= 1, f"{name} must be in (0, 1]", clip)
     batch, tokens = k.shape[:2]
     position = start.long()[:, None] + torch.arange(tokens, device=k.device)
     if k.device.type == "cpu" and tokens and batch:  # elsewhere this would wait for the device
         first, last = int(start.min()), int(start.max()) + tokens
-        if first < 0 or last > k_codes.shape[2]:
-            raise ValueError(
-                f"start: tokens {first} to {last - 1} do not fit a capacity of {k_codes.shape[2]}"
-            )
+        fits = first >= 0 and last <= k_codes.shape[2]
+        needs = f"start: the {tokens} token(s) must fit a capacity of {k_codes.shape[2]}"
+        checks.require(fits, needs, start.tolist())
     row = torch.arange(batch, device=k.device)[:, None]
     q_rotated = _transform(_rope(q, cos, sin), size, None, factor)
     k_rotated = _transform(_rope(k, cos, sin), size, None, factor)
@@ -285,10 +321,11 @@ def attention(
     scale: float,
 ) -> Tensor:
     """Causal softmax attention of q [B, S, H, D] over the quantized cache, in float32."""
+    checks.cache(q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, bits)
     batch, queries, heads, dim = q.shape
-    kv_heads = k_codes.shape[1]
-    length = int(lengths.max()) if q.numel() else 0
-    if length == 0:
+    kv_heads, capacity = k_codes.shape[1:3]
+    length = checks.visible(q, kv_heads, capacity, lengths, mask)
+    if length == 0 or q.numel() == 0:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
     keys = _dequantize_kv(k_codes, k_scale, k_zero, length, bits)
     values = _dequantize_kv(v_codes, v_scale, v_zero, length, bits)
@@ -321,11 +358,20 @@ def attention(
     return out.flatten(1, 2).permute(0, 2, 1, 3).to(q.dtype).contiguous()
 
 
-def _wide(x: Tensor) -> Tensor:
+def _wide(name: str, x: Tensor, bits: int, dims: int = 1) -> Tensor:
+    checks.floating(name, x, dims, wide=bits == 16)
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _transform(x: Tensor, size: int | None, scale: float | None, factor: Tensor | None) -> Tensor:
+def _transform(
+    x: Tensor,
+    size: int | None,
+    scale: float | None,
+    factor: Tensor | None,
+    *,
+    name: str = "size",
+) -> Tensor:
+    checks.transform(name, size, factor, x.shape[-1])
     # Summed in float64, so that every kernel's order of summation is as far from it as from exact.
     if size == 1 and scale in (None, 1):
         return x

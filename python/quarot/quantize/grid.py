@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quarot import ops
+from quarot.config import WEIGHT_GROUPS
 
 SHRINK_FACTORS = tuple(percent / 100 for percent in range(100, 20, -1))
 """Shrink factors of the clip search, in the order they are tried: 1.00, 0.99 … 0.21."""
@@ -55,8 +56,7 @@ def weight_scales(
     if w.ndim != 2 or not w.is_floating_point():
         raise ValueError(f"w: got {w.dtype} {list(w.shape)}, needs a float matrix [out, in]")
     rows, columns = w.shape
-    if group < 0 or (group and columns % group):
-        raise ValueError(f"group: got {group} for {columns} input columns, needs a divisor of them")
+    check_group(group, columns)
     if weights is not None and weights.shape != (columns,):
         raise ValueError(
             f"weights: got {list(weights.shape)}, needs one number a column, [{columns}]"
@@ -75,6 +75,16 @@ def weight_scales(
             shrink = _search(block, amax, norm, importance)
         scales[begin : begin + step] = _scale(amax, shrink)
     return scales
+
+
+def check_group(group: int, columns: int) -> None:
+    """Raise ValueError, with the groups of `WEIGHT_GROUPS` that would do, unless `group` fits."""
+    if group < 0 or (group and columns % group):
+        fitting = [str(size) for size in WEIGHT_GROUPS if size and columns % size == 0]
+        raise ValueError(
+            f"group: got {group} for {columns} input columns, needs a divisor of them "
+            f"({', '.join(fitting) or 'none'}), or 0 = the whole row"
+        )
 
 
 def codes(w: Tensor, scale: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from quarot.config import WEIGHT_GROUPS, QuarotConfig
+from quarot.config import QuarotConfig
 from quarot.quantize import grid
 
 
@@ -22,14 +22,6 @@ def quantize_weight(w: Tensor, config: QuarotConfig) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: non-finite weights, or a group that does not divide the columns.
     """
-    columns = w.shape[-1]
-    if config.w_group and columns % config.w_group:
-        fitting = [group for group in WEIGHT_GROUPS if group and columns % group == 0]
-        needed = ", ".join(map(str, fitting)) or "none"
-        raise ValueError(
-            f"w_group: got {config.w_group} for {columns} input columns, needs a divisor of them "
-            f"({needed}), or 0 = the whole row"
-        )
     scale = grid.weight_scales(
         w, config.w_bits, config.w_group, config.w_clip_search, config.w_clip_norm
     )
