@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import assert_accurate, cache_values, dense_hadamard, poisoned, random_cache
+from helpers import NO_CUDA, assert_accurate, cache_values, dense_hadamard, poisoned, random_cache
 from quarot import hadamard, ops
 from quarot.ops import reference
 
@@ -359,7 +359,7 @@ CACHE = slice(NAMES.index("k_codes"), NAMES.index("start"))
 
 def needs_kernel(device):
     if ops.kernels()["rope_hadamard_kv_append"][device.type] != "kernel":
-        pytest.skip("needs CUDA: this build has no rope_hadamard_kv_append kernel")
+        pytest.skip(f"{NO_CUDA}: this build has no rope_hadamard_kv_append kernel")
 
 
 def result(arguments):
@@ -429,7 +429,7 @@ def test_is_captured_in_a_graph(device):
 @on_cuda
 def test_runs_on_a_second_device(device):
     if torch.cuda.device_count() < 2:
-        pytest.skip("needs a second CUDA device")
+        pytest.skip("one GPU only")
     arguments = good()
     there, here = (
         {n: a.to(d) if isinstance(a, torch.Tensor) else a for n, a in arguments.items()}

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import assert_codes_agree, dense_hadamard, poisoned, strided
+from helpers import NO_CUDA, assert_codes_agree, dense_hadamard, poisoned, strided
 from quarot import hadamard, ops
 from quarot.ops import reference
 
@@ -582,7 +582,7 @@ each_on_cuda = pytest.mark.parametrize("name", ON_CUDA)
 def needs_kernel(name, device):
     op = name.split()[0]
     if ops.kernels()[op][device.type] != "kernel":
-        pytest.skip(f"needs CUDA: this build has no {op} kernel")
+        pytest.skip(f"{NO_CUDA}: this build has no {op} kernel")
 
 
 @on_cuda
@@ -620,7 +620,7 @@ def test_is_captured_in_a_graph(device, name):
 @each_on_cuda
 def test_runs_on_a_second_device(device, name):
     if torch.cuda.device_count() < 2:
-        pytest.skip("needs a second CUDA device")
+        pytest.skip("one GPU only")
     x = torch.randn(3, 1152)
     actual = ON_CUDA[name](x.to("cuda:1"))
     assert actual[0].device.index == 1
