@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 NO_CUDA = "needs CUDA"
-"""In the reason of every skip for want of a GPU or its kernel: QUAROT_REQUIRE_CUDA=1 fails those."""
+"""In the reason of skips for want of a GPU or its kernel: QUAROT_REQUIRE_CUDA=1 fails those."""
 
 
 def tiny_model(family: str = "llama", *, seed: int = 0, **overrides: Any) -> Any:

@@ -265,9 +265,9 @@ def test_without_a_cache_is_with_one(preset: str) -> None:
         assert error(got, case.run(use_cache=False)) < 1e-6
 
 
-# A matrix product of another shape may round a value across a boundary of the cache's grid. One such
-# code changes these outputs by up to 0.015 (KV4) and 0.0008 (KV8); a lost token, a wrong position or
-# a visible padding token by 0.08 and more. Without codes there is only rounding.
+# A matrix product of another shape may round a value across a boundary of the cache's grid. One
+# such code changes these outputs by up to 0.015 (KV4) and 0.0008 (KV8); a lost token, a wrong
+# position or a visible padding token by 0.08 and more. Without codes there is only rounding.
 LIMITS = {"W4A16KV4": 0.025, "W16A16KV8": 0.002, "W4A16KV16": 1e-5, "W16A16KV16": 1e-5}
 
 

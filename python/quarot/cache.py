@@ -129,18 +129,9 @@ class QuantizedLayer(CacheLayerMixin):
 
     def dequantize(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the keys and the values stored, each [batch, kv_heads, length, head_dim]."""
-        half = 1 << (self.spec.bits - 1)  # the ops' codes and zeros are these, less half the range
-        flip = 0x88 if self.spec.bits == 4 else 0x80
-        container = torch.uint8 if self.spec.bits == 4 else torch.int8
-        stored = [buffer[:, :, : self.length] for buffer in self.buffers]
         keys, values = (
-            reference.dequantize(
-                (codes ^ flip).contiguous().view(container),
-                scale.float().contiguous(),
-                (zero.int() - half).contiguous(),
-                dtype=dtype,
-            )
-            for codes, scale, zero in (stored[:3], stored[3:])
+            reference.dequantize_kv(codes, scale, zero, self.length, self.spec.bits).to(dtype)
+            for codes, scale, zero in (self.buffers[:3], self.buffers[3:])
         )
         return keys, values
 

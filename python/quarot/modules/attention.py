@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quarot.modules.mask import padding_mask
+from quarot.ops import reference
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -18,11 +19,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Computed in float32, rounded once to x's dtype.
     """
-    wide, cos, sin = x.float(), cos.float().unsqueeze(1), sin.float().unsqueeze(1)
-    rotary = cos.shape[-1]
-    head, rest = wide[..., :rotary], wide[..., rotary:]
-    turned = torch.cat((-head[..., rotary // 2 :], head[..., : rotary // 2]), dim=-1)
-    return torch.cat((head * cos + turned * sin, rest), dim=-1).to(x.dtype)
+    return reference.rope(x, cos.unsqueeze(1), sin.unsqueeze(1)).to(x.dtype)
 
 
 def is_padding(mask: Tensor | None, queries: int) -> bool:

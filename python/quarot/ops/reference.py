@@ -295,8 +295,8 @@ def rope_hadamard_kv_append(
         needs = f"start: the {tokens} token(s) must fit a capacity of {k_codes.shape[2]}"
         checks.require(fits, needs, start.tolist())
     row = torch.arange(batch, device=k.device)[:, None]
-    q_rotated = _transform(_rope(q, cos, sin), size, None, factor)
-    k_rotated = _transform(_rope(k, cos, sin), size, None, factor)
+    q_rotated = _transform(rope(q, cos.unsqueeze(2), sin.unsqueeze(2)), size, None, factor)
+    k_rotated = _transform(rope(k, cos.unsqueeze(2), sin.unsqueeze(2)), size, None, factor)
     for x, clip, cache in (
         (k_rotated, k_clip, (k_codes, k_scale, k_zero)),
         (v.float(), v_clip, (v_codes, v_scale, v_zero)),
@@ -327,8 +327,8 @@ def attention(
     length = checks.visible(q, kv_heads, capacity, lengths, mask)
     if length == 0 or q.numel() == 0:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
-    keys = _dequantize_kv(k_codes, k_scale, k_zero, length, bits)
-    values = _dequantize_kv(v_codes, v_scale, v_zero, length, bits)
+    keys = dequantize_kv(k_codes, k_scale, k_zero, length, bits)
+    values = dequantize_kv(v_codes, v_scale, v_zero, length, bits)
     column = torch.arange(length, device=q.device)
     # What lies beyond a row's length is not a key, whatever memory holds there: 0 * NaN is NaN.
     beyond = column >= lengths[:, None]
@@ -401,9 +401,9 @@ def _exact_product(x: Tensor, w: Tensor) -> Tensor:
     return torch.stack([part.double() for part in parts]).sum(0)
 
 
-def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + R/2) of the first R entries of x [B, S, heads, D]; float32."""
-    x, cos, sin = x.float(), cos.float().unsqueeze(2), sin.float().unsqueeze(2)
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + R/2) of the first R entries of x [..., D], cos and sin broadcast."""
+    x, cos, sin = x.float(), cos.float(), sin.float()
     rotary = cos.shape[-1]
     first, second = x[..., : rotary // 2], x[..., rotary // 2 : rotary]
     turned = torch.cat((-second, first), dim=-1)
@@ -429,7 +429,7 @@ def _quantize_kv(x: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor, Ten
     return codes, scale.squeeze(-1), zero.squeeze(-1)
 
 
-def _dequantize_kv(codes: Tensor, scale: Tensor, zero: Tensor, length: int, bits: int) -> Tensor:
+def dequantize_kv(codes: Tensor, scale: Tensor, zero: Tensor, length: int, bits: int) -> Tensor:
     """The first `length` cached vectors as float32 [B, kv_heads, length, D]."""
     codes, scale, zero = codes[:, :, :length], scale[:, :, :length], zero[:, :, :length]
     if bits == 4:
