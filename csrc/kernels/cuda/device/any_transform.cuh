@@ -13,6 +13,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 
 #include "kernels/cuda/device/int4.cuh"
@@ -133,10 +134,11 @@ void launch_any(const HadamardMatrix& m, int64_t rows, int64_t n, int64_t inner,
                 const Source& source, const Sink& sink, Stream stream, const char* op) {
   const DeviceLimits device = device_limits();
   const int64_t bytes = 2 * n * static_cast<int64_t>(sizeof(float));
-  QUAROT_ASSERT(
-      bytes <= device.block_shared_bytes,
-      std::string(op) + ": rows of " + std::to_string(n) +
-          " need 16-byte aligned addresses and a length, a transform and groups in whole 8s");
+  if (bytes > device.block_shared_bytes) {  // the caller's: without file and line
+    throw std::runtime_error(std::string("quarot::") + op + ": rows of " + std::to_string(n) +
+                             " columns must begin at multiples of 16 bytes, and their number, the" +
+                             " transform's blocks and the groups be multiples of 8");
+  }
   const AnyShape s{rows,
                    static_cast<int>(n),
                    static_cast<int>(inner),
