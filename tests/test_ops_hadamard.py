@@ -195,3 +195,18 @@ def test_runs_on_a_second_device(device):
     actual = ops.hadamard(x.to("cuda:1"))
     assert actual.device.index == 1
     assert torch.equal(actual.cpu(), ops.hadamard(x.to("cuda:0")).cpu())
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize(
+    ("rows", "n"), [(3_000_000, 128), ((1 << 31) // 4096 + 5, 4096)], ids=["rows", "elements"]
+)
+def test_sizes_beyond_sixteen_and_thirty_two_bits(device, rows, n):
+    needs_kernel(device)
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 32 << 30:
+        pytest.skip("needs 32 GB of free memory on the GPU")
+    x = torch.randn(rows, n, dtype=torch.bfloat16, device=device)
+    actual = ops.hadamard(x)
+    for part in (slice(0, 5), slice(rows // 2, rows // 2 + 5), slice(rows - 5, rows)):
+        assert torch.equal(actual[part], ops.hadamard(x[part].clone()))

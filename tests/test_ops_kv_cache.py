@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import assert_accurate, cache_values, dense_hadamard, poisoned, random_cache
+from helpers import NO_CUDA, assert_accurate, cache_values, dense_hadamard, poisoned, random_cache
 from quarot import hadamard, ops
 from quarot.ops import reference
 
@@ -349,3 +349,92 @@ def test_compiles_into_one_graph(device):
         arguments["k_codes"].copy_(codes)
         assert torch.equal(actual, step(arguments["q"]))
     assert torch.equal(written, arguments["k_codes"]) and not torch.equal(written, codes)
+
+
+# CUDA: streams, graphs, devices
+
+on_cuda = pytest.mark.parametrize("device", ["cuda"], indirect=True)
+CACHE = slice(NAMES.index("k_codes"), NAMES.index("start"))
+
+
+def needs_kernel(device):
+    if ops.kernels()["rope_hadamard_kv_append"][device.type] != "kernel":
+        pytest.skip(f"{NO_CUDA}: this build has no rope_hadamard_kv_append kernel")
+
+
+def result(arguments):
+    """Run on a copy of the arguments; returns q and the cache."""
+    copies = {n: a.clone() if isinstance(a, torch.Tensor) else a for n, a in arguments.items()}
+    return [ops.rope_hadamard_kv_append(**copies), *(copies[n] for n in NAMES[CACHE])]
+
+
+def assert_all_equal(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a.cpu(), e.cpu())
+
+
+@on_cuda
+@pytest.mark.parametrize("start", [(3, 0), (0, 6), (-1, 0), (-9, 2**31 - 1)])
+def test_cuda_leaves_out_what_lies_outside_the_capacity(device, start):
+    """The host does not know `start` there: such tokens are not written, the others are."""
+    needs_kernel(device)
+    tensors = [t.to(device) for t in inputs(2, 2, 2, 2, 32)]
+    cache = random_cache(2, 2, 4, 32, 4, device)
+    guarded, checks = zip(*(poisoned(t) for t in cache), strict=True)
+    ops.rope_hadamard_kv_append(*tensors, *guarded, starts(*start).to(device), bits=4)
+    longer = [t.repeat_interleave(3, dim=2) for t in cache]  # 4 positions more on either side
+    for long, short in zip(longer, cache, strict=True):
+        long[:, :, 4:8] = short
+    inside = [min(max(s, -4), 6) + 4 for s in start]
+    ops.rope_hadamard_kv_append(*tensors, *longer, starts(*inside).to(device), bits=4)
+    for tensor, original, long, check in zip(guarded, cache, longer, checks, strict=True):
+        assert torch.equal(tensor, long[:, :, 4:8])
+        tensor.copy_(original)
+        check()  # only the surroundings are left to differ
+
+
+@on_cuda
+def test_runs_on_the_current_stream(device):
+    needs_kernel(device)
+    arguments = good(device)
+    expected = result(arguments | {"k": arguments["k"] * 2})
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # A kernel on another stream would read k before it is doubled.
+        torch.cuda._sleep(10_000_000)
+        arguments["k"].mul_(2)
+        q = ops.rope_hadamard_kv_append(**arguments)
+    stream.synchronize()
+    assert_all_equal([q, *(arguments[n] for n in NAMES[CACHE])], expected)
+
+
+@on_cuda
+def test_is_captured_in_a_graph(device):
+    """A replay appends at the `start` of its moment."""
+    needs_kernel(device)
+    arguments = good(device)
+    result(arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        q = ops.rope_hadamard_kv_append(**arguments)
+    for start in ((0, 4), (3, 5)):
+        arguments["start"].copy_(starts(*start))
+        arguments["k"].copy_(torch.randn_like(arguments["k"]))
+        expected = result(arguments)
+        graph.replay()
+        assert_all_equal([q, *(arguments[n] for n in NAMES[CACHE])], expected)
+
+
+@on_cuda
+def test_runs_on_a_second_device(device):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    arguments = good()
+    there, here = (
+        {n: a.to(d) if isinstance(a, torch.Tensor) else a for n, a in arguments.items()}
+        for d in ("cuda:1", "cuda:0")
+    )
+    actual = result(there)
+    assert actual[0].device.index == 1
+    assert_all_equal(actual, result(here))

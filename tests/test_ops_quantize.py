@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import assert_codes_agree, dense_hadamard, poisoned, strided
+from helpers import NO_CUDA, assert_codes_agree, dense_hadamard, poisoned, strided
 from quarot import hadamard, ops
 from quarot.ops import reference
 
@@ -553,3 +553,94 @@ def test_compiles_into_one_graph(device):
     compiled = torch.compile(chain, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert_identical(compiled(x, weight), chain(x, weight))
+
+
+# CUDA: streams, graphs, devices, sizes
+
+
+def _int4(x):
+    return x.clamp(-8, 7).to(torch.int8)
+
+
+ON_CUDA = {
+    "quantize": lambda x: ops.quantize(x, packed=True),
+    "quantize groups": lambda x: ops.quantize(x, 8, symmetric=False, group=64),
+    "dequantize": lambda x: (ops.dequantize(_int4(x), x[..., 0].float(), dtype=x.dtype),),
+    "pack_int4": lambda x: (ops.pack_int4(_int4(x)),),
+    "unpack_int4": lambda x: (ops.unpack_int4(_int4(x).view(torch.uint8)),),
+    "hadamard_quantize": lambda x: ops.hadamard_quantize(x),
+    "rmsnorm_quantize": lambda x: ops.rmsnorm_quantize(x, symmetric=False),
+    "glu_hadamard_quantize": lambda x: ops.glu_hadamard_quantize(x, "silu", None),
+    "head_hadamard_quantize": lambda x: ops.head_hadamard_quantize(
+        x.unflatten(-1, (-1, 64)), None, packed=True
+    ),
+}
+on_cuda = pytest.mark.parametrize("device", ["cuda"], indirect=True)
+each_on_cuda = pytest.mark.parametrize("name", ON_CUDA)
+
+
+def needs_kernel(name, device):
+    op = name.split()[0]
+    if ops.kernels()[op][device.type] != "kernel":
+        pytest.skip(f"{NO_CUDA}: this build has no {op} kernel")
+
+
+@on_cuda
+@each_on_cuda
+def test_runs_on_the_current_stream(device, name):
+    needs_kernel(name, device)
+    x = torch.randn(512, 4096, device=device)
+    expected = ON_CUDA[name](x * 2)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # A kernel on another stream would read x before it is doubled.
+        torch.cuda._sleep(10_000_000)
+        x.mul_(2)
+        actual = ON_CUDA[name](x)
+    stream.synchronize()
+    assert_identical(actual, expected)
+
+
+@on_cuda
+@each_on_cuda
+def test_is_captured_in_a_graph(device, name):
+    needs_kernel(name, device)
+    x = torch.randn(4, 5120, device=device)
+    ON_CUDA[name](x)  # the factor reaches the device before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = ON_CUDA[name](x)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert_identical(actual, ON_CUDA[name](x))
+
+
+@on_cuda
+@each_on_cuda
+def test_runs_on_a_second_device(device, name):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    x = torch.randn(3, 1152)
+    actual = ON_CUDA[name](x.to("cuda:1"))
+    assert actual[0].device.index == 1
+    assert_identical(actual, ON_CUDA[name](x.to("cuda:0")))
+
+
+@on_cuda
+@each_on_cuda
+@pytest.mark.parametrize(
+    ("rows", "n"), [(3_000_000, 128), ((1 << 31) // 4096 + 5, 4096)], ids=["rows", "elements"]
+)
+def test_sizes_beyond_sixteen_and_thirty_two_bits(device, name, rows, n):
+    needs_kernel(name, device)
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 32 << 30:
+        pytest.skip("needs 32 GB of free memory on the GPU")
+    x = torch.randn(rows, n, dtype=torch.bfloat16, device=device)
+    actual = ON_CUDA[name](x)
+    # The order of a norm's sum depends on how many rows there are.
+    agree = assert_codes_agree if name.startswith("rmsnorm") else assert_identical
+    for part in (slice(0, 5), slice(rows // 2, rows // 2 + 5), slice(rows - 5, rows)):
+        here = tuple(None if t is None else t[part] for t in actual)
+        agree(here, ON_CUDA[name](x[part].clone()))

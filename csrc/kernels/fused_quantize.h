@@ -53,4 +53,11 @@ void glu_hadamard_quantize(const GluHadamardQuantizeArgs& args, const Executor& 
 void head_hadamard_quantize(const HeadHadamardQuantizeArgs& args, const Executor& executor);
 }  // namespace cpu
 
+namespace cuda {
+void hadamard_quantize(const HadamardQuantizeArgs& args, Stream stream);
+void rmsnorm_quantize(const RmsnormQuantizeArgs& args, Stream stream);
+void glu_hadamard_quantize(const GluHadamardQuantizeArgs& args, Stream stream);
+void head_hadamard_quantize(const HeadHadamardQuantizeArgs& args, Stream stream);
+}  // namespace cuda
+
 }  // namespace quarot

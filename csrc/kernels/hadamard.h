@@ -26,16 +26,12 @@ struct HadamardArgs {
   void* out;  // [x.rows, x.n] contiguous, of x.dtype; must not overlap x
   Rows x;     // x.n is a multiple of matrix.size
   HadamardMatrix matrix;
-  float* workspace;  // cuda: [x.rows, x.n] where hadamard_needs_workspace; else null
 };
 
 namespace cpu {
 void hadamard(const HadamardArgs& args, const Executor& executor);
 }
 namespace cuda {
-/// Whether a block of the matrix is too large for the current device's shared memory, so that it
-/// takes two kernels with fp32 between them.
-bool hadamard_needs_workspace(const HadamardMatrix& matrix);
 void hadamard(const HadamardArgs& args, Stream stream);
 }  // namespace cuda
 

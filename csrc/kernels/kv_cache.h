@@ -72,4 +72,10 @@ namespace cpu {
 void rope_hadamard_kv_append(const KvAppendArgs& args, const Executor& executor);
 
 }  // namespace cpu
+namespace cuda {
+
+/// A sequence that would not fit is written as far as it fits: `start` is not read by the host.
+void rope_hadamard_kv_append(const KvAppendArgs& args, Stream stream);
+
+}  // namespace cuda
 }  // namespace quarot

@@ -54,4 +54,11 @@ void pack_int4(const PackArgs& args, const Executor& executor);
 void unpack_int4(const PackArgs& args, const Executor& executor);
 }  // namespace cpu
 
+namespace cuda {
+void quantize(const QuantizeArgs& args, Stream stream);
+void dequantize(const DequantizeArgs& args, Stream stream);
+void pack_int4(const PackArgs& args, Stream stream);
+void unpack_int4(const PackArgs& args, Stream stream);
+}  // namespace cuda
+
 }  // namespace quarot

@@ -117,6 +117,15 @@ STABLE_TORCH_LIBRARY_IMPL(quarot, CPU, m) {
   m.impl("head_hadamard_quantize",
          TORCH_BOX(&head_hadamard_quantize<&cpu::head_hadamard_quantize>));
 }
+#ifdef QUAROT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(quarot, CUDA, m) {
+  m.impl("hadamard_quantize", TORCH_BOX(&hadamard_quantize<&cuda::hadamard_quantize>));
+  m.impl("rmsnorm_quantize", TORCH_BOX(&rmsnorm_quantize<&cuda::rmsnorm_quantize>));
+  m.impl("glu_hadamard_quantize", TORCH_BOX(&glu_hadamard_quantize<&cuda::glu_hadamard_quantize>));
+  m.impl("head_hadamard_quantize",
+         TORCH_BOX(&head_hadamard_quantize<&cuda::head_hadamard_quantize>));
+}
+#endif
 
 }  // namespace
 }  // namespace quarot::ops

@@ -13,17 +13,7 @@ Tensor hadamard(const Tensor& x, int64_t size, OptionalTensor factor, double sca
   const RowsOf in = rows_of(x, 1, "hadamard", "x");
   const MatrixOf m = matrix_of(size, factor, scale, in.rows.n, x, "hadamard", "size");
   Tensor out = new_tensor(x, sizes_of(x), x.scalar_type());
-  if (x.numel() == 0) return out;
-  OptionalTensor workspace;
-#ifdef QUAROT_WITH_CUDA
-  if (x.is_cuda()) {
-    const CudaScope scope(x);
-    if (cuda::hadamard_needs_workspace(m.matrix)) {
-      workspace = new_tensor(x, {in.rows.rows, in.rows.n}, ScalarType::Float);
-    }
-  }
-#endif
-  launch<kernel>(x, HadamardArgs{out.data_ptr(), in.rows, m.matrix, data<float>(workspace)});
+  if (x.numel() != 0) launch<kernel>(x, HadamardArgs{out.data_ptr(), in.rows, m.matrix});
   return out;
 }
 

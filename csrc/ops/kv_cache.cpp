@@ -26,6 +26,7 @@ HeadVectors heads_of(const Tensor& x) {
 
 /// Writes k and v into the caches; returns the rotated q, [batch, seq, heads, head_dim],
 /// contiguous.
+template <auto kernel>
 Tensor rope_hadamard_kv_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos,
                                const Tensor& sin, const Tensor& k_codes, const Tensor& k_scale,
                                const Tensor& k_zero, const Tensor& v_codes, const Tensor& v_scale,
@@ -61,7 +62,7 @@ Tensor rope_hadamard_kv_append(const Tensor& q, const Tensor& k, const Tensor& v
 
   Tensor out = new_tensor(q, {batch, seq, heads, head_dim}, q.scalar_type());
   if (batch == 0 || seq == 0) return out;
-  launch<&cpu::rope_hadamard_kv_append>(
+  launch<kernel>(
       q, KvAppendArgs{out.data_ptr(),
                       {data<uint8_t>(k_codes), data<uint16_t>(k_scale), data<uint8_t>(k_zero)},
                       {data<uint8_t>(v_codes), data<uint16_t>(v_scale), data<uint8_t>(v_zero)},
@@ -89,8 +90,15 @@ Tensor rope_hadamard_kv_append(const Tensor& q, const Tensor& k, const Tensor& v
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quarot, CPU, m) {
-  m.impl("rope_hadamard_kv_append", TORCH_BOX(&rope_hadamard_kv_append));
+  m.impl("rope_hadamard_kv_append",
+         TORCH_BOX(&rope_hadamard_kv_append<&cpu::rope_hadamard_kv_append>));
 }
+#ifdef QUAROT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(quarot, CUDA, m) {
+  m.impl("rope_hadamard_kv_append",
+         TORCH_BOX(&rope_hadamard_kv_append<&cuda::rope_hadamard_kv_append>));
+}
+#endif
 
 }  // namespace
 }  // namespace quarot::ops

@@ -90,6 +90,14 @@ STABLE_TORCH_LIBRARY_IMPL(quarot, CPU, m) {
   m.impl("pack_int4", TORCH_BOX(&pack_int4<&cpu::pack_int4>));
   m.impl("unpack_int4", TORCH_BOX(&unpack_int4<&cpu::unpack_int4>));
 }
+#ifdef QUAROT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(quarot, CUDA, m) {
+  m.impl("quantize", TORCH_BOX(&quantize<&cuda::quantize>));
+  m.impl("dequantize", TORCH_BOX(&dequantize<&cuda::dequantize>));
+  m.impl("pack_int4", TORCH_BOX(&pack_int4<&cuda::pack_int4>));
+  m.impl("unpack_int4", TORCH_BOX(&unpack_int4<&cuda::unpack_int4>));
+}
+#endif
 
 }  // namespace
 }  // namespace quarot::ops
