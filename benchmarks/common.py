@@ -9,6 +9,7 @@ that reads and writes each once), and to a baseline that does the same work.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import datetime
 import json
@@ -17,6 +18,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +42,13 @@ MIN_SECONDS = 0.5
 # holds: 50 MB of L2 on an H200, and tens of MB of L3 on a CPU (more on large servers: there the
 # ratio to the copy still holds, as it is measured on buffers of the same size).
 COLD_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+
+# glibc gives a large block back to the system when it is freed, and the next output's allocation
+# pays for zeroed pages again: more than the work itself. These two settings (mallopt(3)) keep it.
+if sys.platform == "linux":
+    _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+    ctypes.CDLL(None).mallopt(_M_MMAP_MAX, 0)
+    ctypes.CDLL(None).mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -117,8 +126,8 @@ def measure(
         baselines: other implementations of the same work.
     """
     half = torch.empty(moved // 2, dtype=torch.uint8, device=device).fill_(1)
-    # clone, not copy_: the ops allocate their output too, and fresh pages cost a CPU much time.
-    copy = median_seconds(half.clone, device)
+    target = torch.empty_like(half)
+    copy = median_seconds(lambda: target.copy_(half), device)
     seconds = median_seconds(run, device)
     others = {other: median_seconds(f, device) / seconds for other, f in baselines.items()}
     return Case(name, shape, seconds * 1e6, moved / seconds / 1e9, copy / seconds, others)
