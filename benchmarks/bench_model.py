@@ -1,7 +1,5 @@
 """The small real model in the demo's four forms: accuracy, bytes, tokens a second.
 
-The README's first table is this benchmark's JSON.
-
     python -m pytest -s benchmarks/bench_model.py      (make bench runs all)
 """
 
