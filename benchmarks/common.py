@@ -50,6 +50,9 @@ if sys.platform == "linux":
     ctypes.CDLL(None).mallopt(_M_MMAP_MAX, 0)
     ctypes.CDLL(None).mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
+LOAD = os.getloadavg()[0]
+"""Processes that ran before we did, on average over a minute: times of a busy machine say little."""
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
@@ -165,6 +168,7 @@ def write_results(
     report = {
         "family": family,
         "device": device_name(device),
+        "load_before": LOAD,
         "threads": torch.get_num_threads() if device == "cpu" else None,
         "quarot": __version__,
         "torch": torch.__version__,
