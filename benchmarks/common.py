@@ -51,7 +51,7 @@ if sys.platform == "linux":
     ctypes.CDLL(None).mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 LOAD = os.getloadavg()[0]
-"""Processes that ran before we did, on average over a minute: times of a busy machine say little."""
+"""Processes that ran before us, averaged over a minute: times of a busy machine say little."""
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
