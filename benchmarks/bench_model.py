@@ -1,6 +1,6 @@
 """The small real model in the demo's four forms: accuracy, bytes, tokens a second.
 
-    python -m pytest -s benchmarks/bench_model.py      (make bench runs all)
+python -m pytest -s benchmarks/bench_model.py      (make bench runs all)
 """
 
 from __future__ import annotations

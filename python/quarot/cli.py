@@ -419,7 +419,7 @@ def info(as_json: Json = False) -> None:
 @app.command()
 def demo(
     model: Annotated[str, typer.Option(help="As MODEL of the other commands.")] = "smollm2",
-    window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 512,
+    window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 256,
     windows: Annotated[int, typer.Option(min=1, help="Windows of pydoc_data.topics.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer.")] = 40,
     seed: Seed = 0,
