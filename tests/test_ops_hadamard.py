@@ -90,8 +90,11 @@ def test_layouts(device):
     columns = x.mT.contiguous().mT
     assert torch.equal(ops.hadamard(columns), expected)
     assert torch.equal(ops.hadamard(x[:1].expand(6, 4, 96)), expected[:1].expand(6, 4, 96))
+    # On CUDA an address not aligned to 16 bytes takes another kernel, with another order of sums.
     odd_offset = torch.randn(6 * 96 + 1, device=device)[1:].view(6, 96)
-    assert torch.equal(ops.hadamard(odd_offset), ops.hadamard(odd_offset.clone()))
+    atol = 0 if device.type == "cpu" else 4e-6
+    aligned = ops.hadamard(odd_offset.clone())
+    torch.testing.assert_close(ops.hadamard(odd_offset), aligned, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -66,7 +66,7 @@ def test_clip_search_on_any_shape(rows, groups, width, norm, tail, seed):
 def test_search_does_not_depend_on_the_blocks(monkeypatch):
     w = torch.randn(40, 64)
     whole = grid.weight_scales(w, 4, 32)
-    monkeypatch.setattr(grid, "_BLOCK", 15 * 64)  # blocks of 15, 15 and 10 rows
+    monkeypatch.setitem(grid._BLOCK, "cpu", 15 * 64)  # blocks of 15, 15 and 10 rows
     assert torch.equal(grid.weight_scales(w, 4, 32), whole)
 
 
@@ -139,7 +139,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("group", [0, 32])
 def test_memory_is_bounded_by_a_block(group, monkeypatch):
-    monkeypatch.setattr(grid, "_BLOCK", 1 << 12)
+    monkeypatch.setitem(grid._BLOCK, "cpu", 1 << 12)
     w = torch.randn(64, 128).half()
     with LargestTensor() as largest:
         grid.weight_scales(w, 4, group)

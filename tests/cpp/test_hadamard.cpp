@@ -82,7 +82,7 @@ TEST(hadamard_equals_the_dense_product_on_integers) {
           const HadamardMatrix matrix{s.order * s.power, s.order,
                                       s.order == 1 ? nullptr : signs.data(), 0.5f};
           VARIANT(isa, hadamard)
-          ({out.data(), {in.data(), dtype, kRows, n, stride}, matrix, nullptr}, executor);
+          ({out.data(), {in.data(), dtype, kRows, n, stride}, matrix}, executor);
           // Compared as numbers: a sum of zero may have either sign.
           for (int64_t i = 0; i < kRows * n; ++i) {
             const float got = from_bits(dtype, out.data(), i),
@@ -104,8 +104,8 @@ TEST(hadamard_twice_is_n_times_the_row) {
   const Guarded<float> x(random.normals(n));
   Guarded<float> once(n), twice(n);
   const HadamardMatrix matrix{n, 1, nullptr, 1.0f / 32};
-  cpu::hadamard({once.data(), {x.data(), DType::f32, 1, n, n}, matrix, nullptr}, serial());
-  cpu::hadamard({twice.data(), {once.data(), DType::f32, 1, n, n}, matrix, nullptr}, serial());
+  cpu::hadamard({once.data(), {x.data(), DType::f32, 1, n, n}, matrix}, serial());
+  cpu::hadamard({twice.data(), {once.data(), DType::f32, 1, n, n}, matrix}, serial());
   for (int64_t i = 0; i < n; ++i)
     CHECK(std::abs(twice[i] - x[i]) < 2e-6f, i, ": ", twice[i], " for ", x[i]);
 }
@@ -119,12 +119,11 @@ TEST(hadamard_variants_agree_bit_by_bit) {
     const HadamardMatrix matrix{s.order * s.power, s.order, s.order == 1 ? nullptr : signs.data(),
                                 0.3f};
     Guarded<float> want(kRows * n);
-    cpu::baseline::hadamard({want.data(), {x.data(), DType::f32, kRows, n, n}, matrix, nullptr},
-                            serial());
+    cpu::baseline::hadamard({want.data(), {x.data(), DType::f32, kRows, n, n}, matrix}, serial());
     for (const cpu::Isa isa : available_isas()) {
       Guarded<float> out(kRows * n);
       VARIANT(isa, hadamard)
-      ({out.data(), {x.data(), DType::f32, kRows, n, n}, matrix, nullptr}, serial());
+      ({out.data(), {x.data(), DType::f32, kRows, n, n}, matrix}, serial());
       CHECK(std::memcmp(out.data(), want.data(), size_t(kRows * n) * sizeof(float)) == 0,
             cpu::isa_name(isa), " differs from baseline, K=", s.order, " 2^p=", s.power);
     }
@@ -140,8 +139,7 @@ TEST(every_fp16_and_bf16_number_survives_a_round_trip) {
     for (const cpu::Isa isa : available_isas()) {
       Guarded<uint16_t> out(kPatterns);
       VARIANT(isa, hadamard)
-      ({out.data(), {x.data(), dtype, 1, kPatterns, kPatterns}, {1, 1, nullptr, 1.0f}, nullptr},
-       serial());
+      ({out.data(), {x.data(), dtype, 1, kPatterns, kPatterns}, {1, 1, nullptr, 1.0f}}, serial());
       for (int64_t i = 0; i < kPatterns; ++i) {
         const float before = from_bits(dtype, x.data(), i), after = from_bits(dtype, out.data(), i);
         const bool kept = std::isnan(before) ? std::isnan(after) : out[i] == x[i];
@@ -153,8 +151,7 @@ TEST(every_fp16_and_bf16_number_survives_a_round_trip) {
 }
 
 TEST(hadamard_of_no_rows_does_nothing) {
-  cpu::hadamard({nullptr, {nullptr, DType::f32, 0, 64, 64}, {64, 1, nullptr, 1.0f}, nullptr},
-                serial());
+  cpu::hadamard({nullptr, {nullptr, DType::f32, 0, 64, 64}, {64, 1, nullptr, 1.0f}}, serial());
 }
 
 }  // namespace
