@@ -1,9 +1,8 @@
 """Perplexity of the small real model: unquantized, unrotated, and rotated over several seeds, by
 the kernels and by their specification (backend "reference").
 
-The README's first table is this benchmark's JSON. The project ships no corpus, so the text is named
-by an environment variable; the published numbers are of WikiText-2's test split (its SHA-256 stands
-in the JSON).
+The same protocol as `quarot eval`, for all forms in one run. The project ships no corpus, so the
+text is named by an environment variable: WikiText-2's test split for numbers to compare.
 
     QUAROT_TEXT=wikitext2-test.txt python -m pytest -s benchmarks/bench_accuracy.py
 """
