@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import quarot
-from helpers import tiny_model
+from helpers import NO_CUDA, tiny_model
 from quarot.cache import QuantizedLayer
 
 IDS = torch.randint(3, 128, (1, 12), generator=torch.Generator().manual_seed(7))
@@ -271,3 +271,18 @@ def test_pipeline(quantized, tokenizer, batch_size):
     prompts = ["hello", "a longer prompt"]
     for prompt, result in zip(prompts, pipe(prompts, **GREEDY), strict=True):
         assert len(tokenizer(result[0]["generated_text"])["input_ids"]) > len(prompt)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_CUDA)
+@pytest.mark.parametrize("preset", ["W4A4KV4", "W4A8KV8", "W16A16KV16"])
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_beams": 3}])
+def test_on_a_gpu(preset, options):
+    """Converted there, it generates there, twice the same; unquantized what the original does."""
+    device = torch.device("cuda")
+    model = quarot.convert(tiny_model().to(device), preset, progress=False)
+    ids = IDS.to(device)
+    out = generate(model, ids, **options)
+    assert out.device.type == "cuda" and out.shape == (1, IDS.shape[1] + NEW)
+    assert torch.equal(out, generate(model, ids, **options))
+    if preset == "W16A16KV16":
+        assert torch.equal(out, generate(tiny_model().to(device), ids, **options))
