@@ -470,12 +470,12 @@ def demo(
 def _print_demo(about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))  # narrow: 80 columns hold it
     table.add_column("preset", no_wrap=True)
-    for heading in ("perplexity", "KL", "top-1", "linears MB", "KV B/token", "tokens/s"):
+    for heading in ("perplexity", "KL", "top-1", "linears MB", "KV B/token", "tok/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         compared = row["kld_mean"] is not None
         table.add_row(
-            "unquantized" if row["preset"] == NO_PRESET else row["preset"],
+            _form(row),
             f"{row['perplexity']:.2f}",
             f"{row['kld_mean']:.3f}" if compared else "-",
             f"{row['top1_agreement']:.1%}" if compared else "-",
@@ -490,13 +490,17 @@ def _print_demo(about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         f"tokens of pydoc_data.topics (sha256 {about['text_sha256'][:12]}), on {about['device']} "
         f"({about['cpu_isa']}, {about['threads']} threads), {about['seconds']:.0f} s in all. KL "
         "(nats) and top-1 (how often the most likely token is the same) are against the "
-        "unquantized model; linears are the decoder layers', as stored; tokens/s is of the answer "
+        "unquantized model; linears are the decoder layers', as stored; tok/s is of the answer "
         "below, prompt included."
     )
     console.print(f"\n[bold]{about['question']}[/bold]")
     for row in rows:
-        console.print(f"\n[bold]{row['preset']}[/bold]")
+        console.print(f"\n[bold]{_form(row)}[/bold]")
         console.print(row["answer"], markup=False)
+
+
+def _form(row: dict[str, Any]) -> str:
+    return "unquantized" if row["preset"] == NO_PRESET else row["preset"]
 
 
 @torch.inference_mode()
