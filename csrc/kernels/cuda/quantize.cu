@@ -97,6 +97,18 @@ void dequantize_to(const DequantizeArgs& args, Stream stream) {
 
 // ---- Pack ---------------------------------------------------------------------------------------
 
+/// One byte of two codes.
+template <bool kPack>
+__device__ __forceinline__ void pack_byte(const PackArgs& args, int64_t byte) {
+  if constexpr (kPack) {
+    args.packed[byte] =
+        static_cast<uint8_t>((args.codes[2 * byte] & 15) | (args.codes[2 * byte + 1] & 15) << 4);
+  } else {
+    args.codes[2 * byte] = static_cast<int8_t>(((args.packed[byte] & 15) ^ 8) - 8);
+    args.codes[2 * byte + 1] = static_cast<int8_t>((args.packed[byte] >> 4 ^ 8) - 8);
+  }
+}
+
 /// Chunks of 8 codes <-> 4 bytes; the elements after the last whole chunk are left to the first
 /// threads.
 template <bool kPack>
@@ -113,28 +125,14 @@ __global__ void __launch_bounds__(kFlatThreads) pack_kernel(const PackArgs args,
   });
   const int64_t byte = chunks * (kChunk / 2) + threadIdx.x;
   if (blockIdx.x == 0 && byte < args.count / 2) {
-    if constexpr (kPack) {
-      args.packed[byte] =
-          static_cast<uint8_t>((args.codes[2 * byte] & 15) | (args.codes[2 * byte + 1] & 15) << 4);
-    } else {
-      args.codes[2 * byte] = static_cast<int8_t>(((args.packed[byte] & 15) ^ 8) - 8);
-      args.codes[2 * byte + 1] = static_cast<int8_t>((args.packed[byte] >> 4 ^ 8) - 8);
-    }
+    pack_byte<kPack>(args, byte);
   }
 }
 
 /// Odd addresses: one byte of two codes a thread.
 template <bool kPack>
 __global__ void __launch_bounds__(kFlatThreads) pack_any_kernel(const PackArgs args) {
-  flat(args.count / 2, [&](int64_t byte) {
-    if constexpr (kPack) {
-      args.packed[byte] =
-          static_cast<uint8_t>((args.codes[2 * byte] & 15) | (args.codes[2 * byte + 1] & 15) << 4);
-    } else {
-      args.codes[2 * byte] = static_cast<int8_t>(((args.packed[byte] & 15) ^ 8) - 8);
-      args.codes[2 * byte + 1] = static_cast<int8_t>((args.packed[byte] >> 4 ^ 8) - 8);
-    }
-  });
+  flat(args.count / 2, [&](int64_t byte) { pack_byte<kPack>(args, byte); });
 }
 
 template <bool kPack>
