@@ -85,6 +85,12 @@ def results() -> Iterator[tuple[str, Tensor | None]]:
     codes = torch.randint(-8, 8, (7, 94), dtype=torch.int8, generator=generator)
     yield "pack_int4", ops.pack_int4(codes)
     yield "unpack_int4", ops.unpack_int4(ops.pack_int4(codes))
+    for group in (0, 8):
+        for norm in (2.4, 2.0, 1.5):
+            yield (
+                f"clip_search {norm} {group}",
+                ops.clip_search(randn(9, 200), norm, group, randn(200).abs()),
+            )
     yield from linear(randn, generator)
     for bits in (4, 8):
         yield from cached_attention(bits, randn)

@@ -13,6 +13,7 @@ STABLE_TORCH_LIBRARY(quarot, m) {
   m.def("dequantize(Tensor q, Tensor scale, Tensor? zero, ScalarType dtype) -> Tensor");
   m.def("pack_int4(Tensor q) -> Tensor");
   m.def("unpack_int4(Tensor packed) -> Tensor");
+  m.def("clip_search(Tensor w, float norm, int group, Tensor? importance) -> Tensor");
 
   m.def(
       "hadamard_quantize(Tensor x, int size, Tensor? factor, float scale, int bits, "

@@ -448,6 +448,21 @@ QUAROT_INLINE F32 exp(const F32& a) {
   return select(equal(a, a), result, a);
 }
 
+/// ln a of a positive normal number, within 2 ulp of max(|ln a|, 1): a = 2^k m with m in
+/// [sqrt(1/2), sqrt(2)), ln m = 2 artanh(s) with s = (m - 1) / (m + 1), a series in s^2 < 0.03.
+QUAROT_INLINE F32 log(const F32& a) {
+  const I32 k = (bits(a) - i32(0x3f3504f3)) >> 23;  // the bits of sqrt(1/2)
+  const F32 m = from_bits(bits(a) - (k << 23));
+  const F32 s = (m - f32(1.0f)) / (m + f32(1.0f));
+  const F32 z = s * s;
+  F32 p = f32(2.0f / 9.0f);
+  p = p * z + f32(2.0f / 7.0f);
+  p = p * z + f32(2.0f / 5.0f);
+  p = p * z + f32(2.0f / 3.0f);
+  p = p * z + f32(2.0f);
+  return to_f32(k) * f32(0x1.62e430p-1f) + s * p;
+}
+
 /// erf(a), within 3 ulp. |a| < 1: a * P(a^2); else 1 - e^(-a^2) * Q(1 / (1 + |a| / 2)). P and Q
 /// interpolate erf(a) / a and erfc(a) e^(a^2) at Chebyshev nodes of [0, 1] and of the range of |a|
 /// in [1, 4.2]; erf is 1 beyond.

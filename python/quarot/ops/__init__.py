@@ -28,6 +28,7 @@ from quarot.ops.reference import Quantized
 
 __all__ = [
     "attention",
+    "clip_search",
     "dequantize",
     "glu_hadamard_quantize",
     "hadamard",
@@ -112,6 +113,30 @@ def pack_int4(q: Tensor) -> Tensor:
 def unpack_int4(packed: Tensor) -> Tensor:
     """Unpack uint8 [..., n/2] into int8 [..., n]: the inverse of `pack_int4`."""
     return torch.ops.quarot.unpack_int4(packed)
+
+
+def clip_search(
+    w: Tensor, norm: float = 2.4, group: int = 0, importance: Tensor | None = None
+) -> Tensor:
+    """Choose the scales of int4 weights that make the rounding error smallest.
+
+    A row (or group) gets the scale p * max|w| / 7 with p, among 1.00, 0.99 … 0.21, of the least
+    error sum importance * |scale * code - w|^norm, the first of equals. Sums differ by their order
+    between devices, so that of two trials almost equal either may be chosen. QuaRot (arXiv
+    2404.00456), section 5: RTN with clip search.
+
+    Args:
+        w: float [rows, n], n ≥ 1.
+        norm: exponent of the error, above 0.
+        group: columns that share a scale, a divisor of n; 0 = the whole row.
+        importance: float32 [n] ≥ 0, weight of each column's error; None = equal.
+
+    Returns:
+        float32 [rows, n / group] (one column when group is 0), above 0; 1 for a group of zeros, NaN
+        for one with a NaN or an infinity.
+    """
+    _no_grad("clip_search", w, importance)
+    return torch.ops.quarot.clip_search(w, norm, group, importance)
 
 
 def hadamard_quantize(

@@ -102,6 +102,11 @@ def _unpack_int4(packed: Tensor) -> Tensor:
     return packed.new_empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=torch.int8)
 
 
+def _clip_search(w: Tensor, norm: float, group: int, importance: Tensor | None) -> Tensor:
+    rows, columns = w.shape
+    return w.new_empty((rows, columns // group if group else 1), dtype=torch.float32)
+
+
 def _hadamard_quantize(
     x: Tensor, size: int, factor: Tensor | None, scale: float, bits: int, *quantizer: Any
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -180,6 +185,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "dequantize": _dequantize,
     "pack_int4": _pack_int4,
     "unpack_int4": _unpack_int4,
+    "clip_search": _clip_search,
     "hadamard_quantize": _hadamard_quantize,
     "rmsnorm_quantize": _rmsnorm_quantize,
     "glu_hadamard_quantize": _glu_hadamard_quantize,
