@@ -36,30 +36,7 @@ constexpr uint16_t kNaN16 = 0x7e00;
 
 // ---- Device helpers -----------------------------------------------------------------------------
 
-/// Which vector a group of lanes works on: a query, a key or a value head.
-struct Head {
-  int64_t input;   // first element
-  int64_t output;  // first element of q_out, or the slot in a cache; -1: out of the cache
-  int kind;        // 0 query, 1 key, 2 value
-};
-
-__device__ __forceinline__ Head head_of(const KvAppendArgs& a, int64_t b, int64_t s, int vector) {
-  const int heads = static_cast<int>(a.heads), kv_heads = static_cast<int>(a.kv_heads);
-  const auto at = [&](const HeadVectors& x, int h) {
-    return b * x.batch_stride + s * x.seq_stride + h * x.head_stride;
-  };
-  if (vector < heads) return {at(a.q, vector), ((b * a.seq + s) * heads + vector) * a.head_dim, 0};
-  const bool key = vector < heads + kv_heads;
-  const int h = vector - heads - (key ? 0 : kv_heads);
-  const int64_t position = a.start[b] + s;
-  const int64_t slot =
-      position < 0 || position >= a.capacity ? -1 : (b * kv_heads + h) * a.capacity + position;
-  return {at(key ? a.k : a.v, h), slot, key ? 1 : 2};
-}
-
-__device__ __forceinline__ const void* data_of(const KvAppendArgs& a, int kind) {
-  return kind == 0 ? a.q.data : kind == 1 ? a.k.data : a.v.data;
-}
+enum class Kind { query, key, value };
 
 /// The grid of a head whose range is given; its codes have no sign, and `shift` is the zero point.
 struct KvGrid {
@@ -86,39 +63,27 @@ __device__ __forceinline__ void store_grid(const KvCache& cache, int64_t slot, c
   cache.zero[slot] = static_cast<uint8_t>(g.grid.shift);
 }
 
-/// H_2 on 8 values' three index bits.
-__device__ __forceinline__ void butterflies8(float (&v)[kChunk]) {
-#pragma unroll
-  for (int bit = 1; bit < kChunk; bit *= 2) {
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      if ((i & bit) != 0) continue;
-      const float a = v[i], b = v[i | bit];
-      v[i] = a + b;
-      v[i | bit] = a - b;
-    }
-  }
-}
-
-/// x[2][8] of kLanes lanes times H, unscaled; all lanes of a warp.
+/// A head, x[2][8] of each of kLanes lanes, times H, unscaled; all lanes of a warp.
 template <int kLanes>
 __device__ __forceinline__ void transform_head(float (&x)[2][kChunk], int lane) {
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    const float a = x[0][i], b = x[1][i];
-    x[0][i] = a + b;
-    x[1][i] = a - b;
+  for (int bit = 1; bit < 2 * kChunk; bit *= 2) {
+#pragma unroll
+    for (int i = 0; i < 2 * kChunk; ++i) {
+      if ((i & bit) != 0) continue;
+      const int j = i | bit;
+      const float a = x[i / kChunk][i % kChunk], b = x[j / kChunk][j % kChunk];
+      x[i / kChunk][i % kChunk] = a + b;
+      x[j / kChunk][j % kChunk] = a - b;
+    }
   }
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    butterflies8(x[h]);
+  for (int step = 1; step < kLanes; step *= 2) {
+    const float sign = (lane & step) != 0 ? -1.0f : 1.0f;
 #pragma unroll
-    for (int step = 1; step < kLanes; step *= 2) {
-      const float sign = (lane & step) != 0 ? -1.0f : 1.0f;
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
-        x[h][i] = __fmaf_rn(x[h][i], sign, __shfl_xor_sync(kAllLanes, x[h][i], step));
-      }
+    for (int i = 0; i < 2 * kChunk; ++i) {
+      float& v = x[i / kChunk][i % kChunk];
+      v = __fmaf_rn(v, sign, __shfl_xor_sync(kAllLanes, v, step));
     }
   }
 }
@@ -126,10 +91,10 @@ __device__ __forceinline__ void transform_head(float (&x)[2][kChunk], int lane) 
 __device__ __forceinline__ void store_kv_codes(uint8_t* codes, int64_t i, int bits,
                                                const float (&v)[kChunk], const Grid& grid) {
   if (bits == 4) {
-    reinterpret_cast<uint32_t*>(codes)[i / kChunk] = code_word<4, false>(v, grid, 0);
+    reinterpret_cast<uint32_t*>(codes)[i / kChunk] = code_word<4, Rounding::any>(v, grid, 0);
   } else {
-    reinterpret_cast<uint2*>(codes)[i / kChunk] = {code_word<8, false>(v, grid, 0),
-                                                   code_word<8, false>(v + 4, grid, 0)};
+    reinterpret_cast<uint2*>(codes)[i / kChunk] = {code_word<8, Rounding::any>(v, grid, 0),
+                                                   code_word<8, Rounding::any>(v + 4, grid, 0)};
   }
 }
 
@@ -158,8 +123,6 @@ struct HeadPlan {
   int each;    // heads of a split
   FastDiv seq;
 };
-
-enum class Kind { query, key, value };
 
 /// kLanes = head_dim / 16. Grid: splits of blocks of tokens, splits of the same tokens side by
 /// side.
@@ -275,12 +238,20 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t token = item / vectors;
   if (token >= a.batch * a.seq) return;  // whole warps
   const int64_t b = token / a.seq, s = token - b * a.seq;
-  const Head head = head_of(a, b, s, static_cast<int>(item - token * vectors));
-  const void* data = data_of(a, head.kind);
-  for (int i = lane; i < n; i += kWarp) x[i] = load1<kDtype>(data, head.input + i);
+  const int vector = static_cast<int>(item - token * vectors);
+  const int heads = static_cast<int>(a.heads), kv_heads = static_cast<int>(a.kv_heads);
+  const Kind kind = vector < heads              ? Kind::query
+                    : vector < heads + kv_heads ? Kind::key
+                                                : Kind::value;
+  const HeadVectors& from = kind == Kind::query ? a.q : kind == Kind::key ? a.k : a.v;
+  const int head = vector - (kind == Kind::query ? 0
+                             : kind == Kind::key ? heads
+                                                 : heads + kv_heads);
+  const int64_t input = b * from.batch_stride + s * from.seq_stride + head * from.head_stride;
+  for (int i = lane; i < n; i += kWarp) x[i] = load1<kDtype>(from.data, input + i);
   __syncwarp();
 
-  if (head.kind != 2) {
+  if (kind != Kind::value) {
     const int half = static_cast<int>(a.rotary / 2);
     const int64_t angles = b * a.rotary_batch_stride + s * a.rotary;
     for (int i = lane; i < half; i += kWarp) {
@@ -324,11 +295,14 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
-  if (head.kind == 0) {
-    for (int i = lane; i < n; i += kWarp) store1<kDtype>(a.q_out, head.output + i, x[i]);
+  if (kind == Kind::query) {
+    const int64_t to = (token * heads + head) * n;
+    for (int i = lane; i < n; i += kWarp) store1<kDtype>(a.q_out, to + i, x[i]);
     return;
   }
-  if (head.output < 0) return;
+  const int64_t position = a.start[b] + s;
+  if (position < 0 || position >= a.capacity) return;
+  const int64_t slot = (b * kv_heads + head) * a.capacity + position;
   Range range;
   for (int i = lane * kChunk; i < n; i += kWarp * kChunk) {
     const float v[kChunk] = {x[i],     x[i + 1], x[i + 2], x[i + 3],
@@ -336,15 +310,15 @@ __global__ void __launch_bounds__(kThreads)
     range = merge(range, range_of(v, false));
   }
   range = {warp_max(range.high), warp_max(range.low)};
-  const KvCache& cache = head.kind == 1 ? a.k_cache : a.v_cache;
-  const KvGrid grid = kv_grid(range, head.kind == 1 ? a.k_clip : a.v_clip, a.bits);
-  uint8_t* codes = cache.codes + head.output * (n * a.bits / 8);
+  const KvCache& cache = kind == Kind::key ? a.k_cache : a.v_cache;
+  const KvGrid grid = kv_grid(range, kind == Kind::key ? a.k_clip : a.v_clip, a.bits);
+  uint8_t* codes = cache.codes + slot * (n * a.bits / 8);
   for (int i = lane * kChunk; i < n; i += kWarp * kChunk) {
     const float v[kChunk] = {x[i],     x[i + 1], x[i + 2], x[i + 3],
                              x[i + 4], x[i + 5], x[i + 6], x[i + 7]};
     store_kv_codes(codes, i, a.bits, v, grid.grid);
   }
-  if (lane == 0) store_grid(cache, head.output, grid);
+  if (lane == 0) store_grid(cache, slot, grid);
 }
 
 // ---- Launchers ----------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ struct AnyQuantize {
       }
       for (int i = lane; i < group; i += kWarp) {
         codes[g * group + i] =
-            static_cast<int8_t>(code_of<false>(x[g * group + i], grid, half) - half);
+            static_cast<int8_t>(code_of<Rounding::any>(x[g * group + i], grid, half) - half);
       }
     }
     __syncthreads();

@@ -82,8 +82,9 @@ struct Grid {
   int top;    // 2^bits - 1; half if a value was not finite: 0, inf and NaN times 0 then give 0
 };
 
-/// x / steps for steps = 2^k - 1 and x >= 0, rounded to nearest: a division without the general
-/// one's special cases (all x with a quotient of at least 2^-126 were tried for 7, 15, 127, 255).
+/// x / steps for steps = 7, 15, 127 or 255 and x >= 0, rounded to nearest (tried: all x of two
+/// binades, and all up to a quotient of 2^-126, below which it need only be below): a division
+/// without the general one's special cases.
 __device__ __forceinline__ float divide_by_steps(float x, float steps) {
   const float inverse = steps == 7.0f     ? 1.0f / 7.0f
                         : steps == 15.0f  ? 1.0f / 15.0f
@@ -112,16 +113,27 @@ __device__ __forceinline__ Grid make_grid(const Range& range, float factor, floa
   return {scale, inv, zero - half, 2 * half - 1};
 }
 
-/// clamp(rint(x * inv) + shift + half, 0, top), NaN as infinity. kClipped: |x * inv| < 2^22, for
-/// which the range must have been clipped to no less than kLeastClip.
-template <bool kClipped>
-__device__ __forceinline__ int code_of(float x, const Grid& grid, int half) {
-  float v = __fmul_rn(x, grid.inv);
-  if constexpr (!kClipped) v = max_nan(v, -0x1p21f);  // what is above comes out right
-  const int rounded = __float_as_int(__fadd_rn(v, kRound));
-  return __viaddmin_s32_relu(rounded, grid.shift + half - kRoundBits, grid.top);
-}
+/// exact: as kernels/quantize.h says, for |x * inv| < 2^22, that is, a range that was clipped to no
+/// less than kLeastClip. fused: the same, but x * inv is not rounded before it is rounded to a
+/// code, an instruction less, for values that are not exact anyway. any: exact for all x.
+enum class Rounding { exact, fused, any };
 constexpr float kLeastClip = 0x1p-12f;
+
+/// clamp(rint(x * inv) + shift + half, 0, top), NaN as infinity.
+template <Rounding kRounding>
+__device__ __forceinline__ int code_of(float x, const Grid& grid, int half) {
+  float v;
+  if constexpr (kRounding == Rounding::fused) {
+    v = __fmaf_rn(x, grid.inv, kRound);
+  } else {
+    v = __fmul_rn(x, grid.inv);
+    if constexpr (kRounding == Rounding::any) {
+      v = max_nan(v, -0x1p21f);  // what is above comes out right
+    }
+    v = __fadd_rn(v, kRound);
+  }
+  return __viaddmin_s32_relu(__float_as_int(v), grid.shift + half - kRoundBits, grid.top);
+}
 
 /// Eight codes, a byte each -> eight nibbles, the even index low.
 __device__ __forceinline__ uint32_t pack_nibbles(const uint2& codes) {
@@ -138,35 +150,37 @@ __device__ __forceinline__ uint32_t unpack_nibbles(uint32_t nibbles) {
 }
 
 /// The codes of 32 / kBits values without a sign, that is, plus half, the first in the lowest bits.
-template <int kBits, bool kClipped>
+template <int kBits, Rounding kRounding>
 __device__ __forceinline__ uint32_t code_word(const float* v, const Grid& grid, int half) {
   uint32_t word = 0;
 #pragma unroll
   for (int i = 0; i < 32 / kBits; ++i) {
-    word += static_cast<uint32_t>(code_of<kClipped>(v[i], grid, half)) << (kBits * i);
+    word += static_cast<uint32_t>(code_of<kRounding>(v[i], grid, half)) << (kBits * i);
   }
   return word;
 }
 
 /// Writes the codes of chunk `chunk`, 8 elements, of all rows; the range was clipped to no less
 /// than kLeastClip.
+template <Rounding kRounding>
 __device__ __forceinline__ void store_chunk_codes(const QuantizedRows& out, int64_t chunk,
                                                   const float (&v)[kChunk], const Grid& grid) {
   // u - half in two's complement: the highest bit of u flipped, where u fills its place.
   const int half = 1 << (out.bits - 1);
   if (out.packed) {
-    static_cast<uint32_t*>(out.codes)[chunk] = code_word<4, true>(v, grid, half) ^ 0x88888888u;
+    static_cast<uint32_t*>(out.codes)[chunk] = code_word<4, kRounding>(v, grid, half) ^ 0x88888888u;
   } else {
     const uint32_t fill = static_cast<uint32_t>(128 - half) * 0x01010101u;
     static_cast<uint2*>(out.codes)[chunk] = {
-        (code_word<8, true>(v, grid, half) + fill) ^ 0x80808080u,
-        (code_word<8, true>(v + 4, grid, half) + fill) ^ 0x80808080u};
+        (code_word<8, kRounding>(v, grid, half) + fill) ^ 0x80808080u,
+        (code_word<8, kRounding>(v + 4, grid, half) + fill) ^ 0x80808080u};
   }
 }
 /// The same, of elements [i, i + 8) of all rows.
+template <Rounding kRounding>
 __device__ __forceinline__ void store_codes(const QuantizedRows& out, int64_t i,
                                             const float (&v)[kChunk], const Grid& grid) {
-  store_chunk_codes(out, i / kChunk, v, grid);
+  store_chunk_codes<kRounding>(out, i / kChunk, v, grid);
 }
 
 }  // namespace quarot::cuda

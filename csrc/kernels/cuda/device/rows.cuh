@@ -71,6 +71,7 @@ struct RowReader<RowSource<kDtype>> {
   static constexpr int kHeld = kDtype == DType::f32 ? 4 : 8, kInFlight = kHeld;
   static constexpr int kMaxTeam = 1024;
   static constexpr bool kNormalised = false, kSplits = true;
+  static constexpr Rounding kRounding = Rounding::exact;
 
   __device__ __forceinline__ const void* row(int64_t r) const {
     return static_cast<const char*>(source.data) + r * source.row_stride * bytes_of(kDtype);
@@ -113,6 +114,7 @@ struct FloatHolder {
   };
   using Seen = FloatRange;
   static constexpr bool kSplits = false;
+  static constexpr Rounding kRounding = Rounding::fused;
 
   __device__ __forceinline__ void forget(Held&) const {}
   __device__ __forceinline__ void values(float (&v)[kChunk], const Held& held) const {
@@ -359,7 +361,7 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
     if (chunk >= chunks) return;
     float v[kChunk];
     reader.values(v, held[i]);
-    store_chunk_codes(codes, chunk, v, grid);
+    store_chunk_codes<Reader::kRounding>(codes, chunk, v, grid);
   };
   const auto grid_of = [&](const Range& range, int64_t group, bool writes) {
     Grid grid = make_grid(range, rest, out.clip, out.bits, symmetric);
