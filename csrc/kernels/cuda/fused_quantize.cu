@@ -70,10 +70,11 @@ void glu_rows(const GluHadamardQuantizeArgs& args, Stream stream) {
                      "glu_hadamard_quantize");
 }
 
-template <DType kDtype, DType kWeight>
+template <DType kDtype, bool kWeighted, DType kWeight>
 void rmsnorm_weighted(const RmsnormQuantizeArgs& args, Stream stream) {
   const Rows& x = args.x;
-  const RmsnormSource<kDtype, kWeight> source{{x.data, x.row_stride}, args.weight, args.eps};
+  const RmsnormSource<kDtype, kWeighted, kWeight> source{
+      {x.data, x.row_stride}, args.weight, args.eps};
   const bool aligned = chunks_are_aligned(x) && reinterpret_cast<uintptr_t>(args.weight) % 16 == 0;
   if (aligned && rows_fit(x.n, args.out)) {
     return launch_rows(source, x.rows, x.n, args.out, stream);
@@ -85,13 +86,14 @@ void rmsnorm_weighted(const RmsnormQuantizeArgs& args, Stream stream) {
 template <DType kDtype>
 void rmsnorm_rows(const RmsnormQuantizeArgs& args, Stream stream) {
   if (args.x.rows == 0) return;
+  if (args.weight == nullptr) return rmsnorm_weighted<kDtype, false, DType::f32>(args, stream);
   switch (args.weight_dtype) {
     case DType::f32:
-      return rmsnorm_weighted<kDtype, DType::f32>(args, stream);
+      return rmsnorm_weighted<kDtype, true, DType::f32>(args, stream);
     case DType::f16:
-      return rmsnorm_weighted<kDtype, DType::f16>(args, stream);
+      return rmsnorm_weighted<kDtype, true, DType::f16>(args, stream);
     case DType::bf16:
-      return rmsnorm_weighted<kDtype, DType::bf16>(args, stream);
+      return rmsnorm_weighted<kDtype, true, DType::bf16>(args, stream);
   }
   QUAROT_ASSERT(false, "rmsnorm_quantize: no such weight dtype");
 }

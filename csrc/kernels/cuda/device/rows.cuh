@@ -50,14 +50,22 @@ struct RowPlan {
 template <class Source>
 struct RowReader;
 
-/// The range of chunks of fp32.
+/// The range of values of fp32, collected.
 struct FloatRange {
-  Range total;
+  float high = 0.0f, low = 0.0f;  // kSymmetric: max |v|, 0; else max(v, 0), max(-v, 0)
 
-  __device__ __forceinline__ void add(const float (&v)[kChunk], bool symmetric) {
-    total = merge(total, range_of(v, symmetric));
+  template <bool kSymmetric>
+  __device__ __forceinline__ void add(const float (&v)[kChunk]) {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      high = max_nan(high, kSymmetric ? fabsf(v[i]) : v[i]);
+      if constexpr (!kSymmetric) low = max_nan(low, -v[i]);
+    }
   }
-  __device__ __forceinline__ Range range(bool) const { return total; }
+  // As range_of in int4.cuh: -0 would be the smallest integer, NaN has no sign.
+  __device__ __forceinline__ Range range(bool) const {
+    return {__float_as_int(high) & 0x7fffffff, __float_as_int(low) & 0x7fffffff};
+  }
 };
 
 /// Kept as they came: half the registers of fp32, and two maxima an instruction.
@@ -93,11 +101,12 @@ struct RowReader<RowSource<kDtype>> {
   __device__ __forceinline__ void values(float (&v)[kChunk], const Held& held) const {
     to_floats<kDtype>(v, held);
   }
-  __device__ __forceinline__ void see(Seen& seen, const Held& held, bool symmetric) const {
+  template <bool kSymmetric>
+  __device__ __forceinline__ void see(Seen& seen, const Held& held) const {
     if constexpr (kDtype == DType::f32) {
       float v[kChunk];
       to_floats<kDtype>(v, held);
-      seen.add(v, symmetric);
+      seen.template add<kSymmetric>(v);
     } else {
       seen.add(held.words[0].x);
       seen.add(held.words[0].y);
@@ -121,8 +130,9 @@ struct FloatHolder {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) v[i] = held.v[i];
   }
-  __device__ __forceinline__ void see(Seen& seen, const Held& held, bool symmetric) const {
-    seen.add(held.v, symmetric);
+  template <bool kSymmetric>
+  __device__ __forceinline__ void see(Seen& seen, const Held& held) const {
+    seen.add<kSymmetric>(held.v);
   }
 };
 
@@ -154,10 +164,10 @@ struct RowReader<GluSource<kDtype>> : FloatHolder {
   }
 };
 
-/// x / sqrt(mean(x^2) + eps) * weight, of type kWeight.
-template <DType kDtype, DType kWeight>
+/// x / sqrt(mean(x^2) + eps), times a weight of type kWeight if kWeighted.
+template <DType kDtype, bool kWeighted, DType kWeight>
 struct RmsnormSource : RowSource<kDtype> {
-  const void* weight;  // [n] or null
+  const void* weight;  // [n]
   float eps;
 
   __device__ __forceinline__ float inverse_norm(float squares, int n) const {
@@ -181,23 +191,24 @@ struct RmsnormSource : RowSource<kDtype> {
   }
   __device__ float value(int64_t row, int column, float inverse) const {
     const float v = RowSource<kDtype>::value(row, column, 0.0f) * inverse;
-    return weight == nullptr ? v : v * load1<kWeight>(weight, column);
+    return kWeighted ? v * load1<kWeight>(weight, column) : v;
   }
 };
 
 /// Held is x * factor * weight: the norm's inverse is the factor, or left to the grid.
-template <DType kDtype, DType kWeight>
-struct RowReader<RmsnormSource<kDtype, kWeight>> : FloatHolder {
-  RmsnormSource<kDtype, kWeight> source;
+template <DType kDtype, bool kWeighted, DType kWeight>
+struct RowReader<RmsnormSource<kDtype, kWeighted, kWeight>> : FloatHolder {
+  using Source = RmsnormSource<kDtype, kWeighted, kWeight>;
+  Source source;
 
   using Raw = Chunk<kDtype>;
-  static constexpr int kHeld = 8, kInFlight = kDtype == DType::f32 ? 2 : 8;
-  static constexpr int kMaxTeam = 512;
+  static constexpr int kHeld = 4, kInFlight = kDtype == DType::f32 ? 2 : 4;
+  static constexpr int kMaxTeam = 1024;
   static constexpr bool kNormalised = true;
   /// Between these a sum of squares, and what it is made of, neither overflows nor loses bits.
   static constexpr float kLeastSquares = 0x1p-100f, kMostSquares = 0x1p120f;
 
-  explicit RowReader(const RmsnormSource<kDtype, kWeight>& s) : source(s) {}
+  explicit RowReader(const Source& s) : source(s) {}
 
   __device__ __forceinline__ const void* row(int64_t r) const {
     return static_cast<const char*>(source.data) + r * source.row_stride * bytes_of(kDtype);
@@ -215,7 +226,7 @@ struct RowReader<RmsnormSource<kDtype, kWeight>> : FloatHolder {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) held.v[i] *= factor;
     }
-    if (source.weight == nullptr) return;
+    if constexpr (!kWeighted) return;
     float w[kChunk];
     to_floats<kWeight>(w, static_cast<const Chunk<kWeight>*>(source.weight)[chunk]);
 #pragma unroll
@@ -314,17 +325,23 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
       body(member);
     }
   };
+  // Calls body(std::bool_constant<symmetric>).
+  const auto by_symmetry = [&](const auto& body) {
+    symmetric ? body(std::true_type{}) : body(std::false_type{});
+  };
   const auto find_range = [&] {
-    Seen seen;
-    each_step([&](int) {
+    by_symmetry([&](auto is_symmetric) {
+      Seen seen;
+      each_step([&](int) {
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        if (i * p.team < chunks) reader.see(seen, held[i], symmetric);
-      }
+        for (int i = 0; i < kHeld; ++i) {
+          if (i * p.team < chunks) reader.template see<is_symmetric.value>(seen, held[i]);
+        }
+      });
+      const Range range = seen.range(is_symmetric.value);
+      stats.high = range.high;
+      stats.low = range.low;
     });
-    const Range range = seen.range(symmetric);
-    stats.high = range.high;
-    stats.low = range.low;
   };
 
   // 1. What the row has in common.
@@ -388,12 +405,14 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
 #pragma unroll
       for (int begin = 0; begin < kHeld; begin += kBatch) {
         Range ranges[kBatch], mine;
+        by_symmetry([&](auto is_symmetric) {
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          Seen seen;
-          reader.see(seen, held[begin + i], symmetric);
-          ranges[i] = seen.range(symmetric);
-        }
+          for (int i = 0; i < kBatch; ++i) {
+            Seen seen;
+            reader.template see<is_symmetric.value>(seen, held[begin + i]);
+            ranges[i] = seen.range(is_symmetric.value);
+          }
+        });
         for (int step = 1; step < p.lanes; step *= 2) {
 #pragma unroll
           for (int i = 0; i < kBatch; ++i) {
