@@ -7,7 +7,8 @@
 // log2 L stay in registers; the others are shuffles. Few tokens: the heads are split over several
 // teams, in different blocks.
 //
-// any_head_kernel: all other shapes; a warp a head, in shared memory.
+// any_head_kernel: all other shapes; a warp a head, in shared memory. (One file, if a long one: the
+// two share the quantizer and the layouts.)
 //
 // Bound: memory; a decode step is a few kilobytes, bound by the launch.
 #include <cuda_runtime.h>
@@ -63,27 +64,29 @@ __device__ __forceinline__ void store_grid(const KvCache& cache, int64_t slot, c
   cache.zero[slot] = static_cast<uint8_t>(g.grid.shift);
 }
 
-/// A head, x[2][8] of each of kLanes lanes, times H, unscaled; all lanes of a warp.
+/// A head, x[2][8] of each of kLanes lanes, times H, unscaled, but for the halves' butterfly; all
+/// lanes of a warp.
 template <int kLanes>
-__device__ __forceinline__ void transform_head(float (&x)[2][kChunk], int lane) {
+__device__ __forceinline__ void transform_halves(float (&x)[2][kChunk], int lane) {
 #pragma unroll
-  for (int bit = 1; bit < 2 * kChunk; bit *= 2) {
+  for (int h = 0; h < 2; ++h) {
 #pragma unroll
-    for (int i = 0; i < 2 * kChunk; ++i) {
-      if ((i & bit) != 0) continue;
-      const int j = i | bit;
-      const float a = x[i / kChunk][i % kChunk], b = x[j / kChunk][j % kChunk];
-      x[i / kChunk][i % kChunk] = a + b;
-      x[j / kChunk][j % kChunk] = a - b;
+    for (int bit = 1; bit < kChunk; bit *= 2) {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        if ((i & bit) != 0) continue;
+        const float a = x[h][i], b = x[h][i | bit];
+        x[h][i] = a + b;
+        x[h][i | bit] = a - b;
+      }
     }
-  }
 #pragma unroll
-  for (int step = 1; step < kLanes; step *= 2) {
-    const float sign = (lane & step) != 0 ? -1.0f : 1.0f;
+    for (int step = 1; step < kLanes; step *= 2) {
+      const float sign = (lane & step) != 0 ? -1.0f : 1.0f;
 #pragma unroll
-    for (int i = 0; i < 2 * kChunk; ++i) {
-      float& v = x[i / kChunk][i % kChunk];
-      v = __fmaf_rn(v, sign, __shfl_xor_sync(kAllLanes, v, step));
+      for (int i = 0; i < kChunk; ++i) {
+        x[h][i] = __fmaf_rn(x[h][i], sign, __shfl_xor_sync(kAllLanes, x[h][i], step));
+      }
     }
   }
 }
@@ -101,7 +104,7 @@ __device__ __forceinline__ void store_kv_codes(uint8_t* codes, int64_t i, int bi
 // ---- Kernels ------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void load_angles(float (&v)[kChunk], DType dtype, const void* data,
-                                            int64_t i, float scale) {
+                                            int64_t i) {
   switch (dtype) {
     case DType::f32:
       to_floats<DType::f32>(v, load_chunk<DType::f32>(data, i));
@@ -113,8 +116,6 @@ __device__ __forceinline__ void load_angles(float (&v)[kChunk], DType dtype, con
       to_floats<DType::bf16>(v, load_chunk<DType::bf16>(data, i));
       break;
   }
-#pragma unroll
-  for (int j = 0; j < kChunk; ++j) v[j] *= scale;
 }
 
 struct HeadPlan {
@@ -128,20 +129,20 @@ struct HeadPlan {
 /// side.
 template <DType kDtype, int kLanes>
 __global__ void __launch_bounds__(kThreads, 5)
-    head_kernel(const __grid_constant__ KvAppendArgs a, const __grid_constant__ HeadPlan p) {
+    head_kernel(const __grid_constant__ KvAppendArgs a, const __grid_constant__ HeadPlan plan) {
   constexpr int kHeadDim = 16 * kLanes;
   wait_for_previous_grid();
   start_next_grid();
   const int heads = static_cast<int>(a.heads), kv_heads = static_cast<int>(a.kv_heads);
-  const int block = static_cast<int>(blockIdx.x) / p.splits;
-  const int begin = (static_cast<int>(blockIdx.x) - block * p.splits) * p.each;
-  const int end = min(begin + p.each, heads + 2 * kv_heads);
+  const int block = static_cast<int>(blockIdx.x) / plan.splits;
+  const int begin = (static_cast<int>(blockIdx.x) - block * plan.splits) * plan.each;
+  const int end = min(begin + plan.each, heads + 2 * kv_heads);
   // Teams beyond the last token work on it, and store nothing: all lanes of a warp shuffle
   // together.
   const int wanted = block * (kThreads / kLanes) + static_cast<int>(threadIdx.x) / kLanes;
-  const int token = min(wanted, p.tokens - 1);
+  const int token = min(wanted, plan.tokens - 1);
   const bool active = wanted == token;
-  const int b = p.seq(token), s = token - b * p.seq.divisor();
+  const int b = plan.seq(token), s = token - b * plan.seq.divisor();
   const int lane = threadIdx.x % kLanes;
   const int first = lane * kChunk;
 
@@ -165,15 +166,26 @@ __global__ void __launch_bounds__(kThreads, 5)
   const int64_t first_slot = int64_t{b} * kv_heads * a.capacity + position;
   char* q_out = static_cast<char*>(a.q_out) +
                 ((int64_t{token} * heads + begin) * kHeadDim + first) * bytes_of(kDtype);
-  float cos[2][kChunk], sin[2][kChunk];
+  // Dimensions p and q, half a head apart, become p m[0] + q m[1] and p m[2] + q m[3]: RoPE, and
+  // with a transform its scale and the butterfly of the two.
+  float m[4][kChunk];
+  const bool transforms = a.matrix.size > 1;
   if (begin < heads + kv_heads) {
-    // The transform's scale is in the angles.
-    const float scale = a.matrix.size > 1 ? a.matrix.scale : 1.0f;
-    const int64_t angles = b * a.rotary_batch_stride + int64_t{s} * kHeadDim + first;
+    const int64_t low = b * a.rotary_batch_stride + int64_t{s} * kHeadDim + first;
+    const int64_t high = low + kHeadDim / 2;
+    load_angles(m[0], a.rotary_dtype, a.cos, low);
+    load_angles(m[1], a.rotary_dtype, a.sin, low);
+    load_angles(m[2], a.rotary_dtype, a.sin, high);
+    load_angles(m[3], a.rotary_dtype, a.cos, high);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      load_angles(cos[h], a.rotary_dtype, a.cos, angles + h * kHeadDim / 2, scale);
-      load_angles(sin[h], a.rotary_dtype, a.sin, angles + h * kHeadDim / 2, scale);
+    for (int i = 0; i < kChunk; ++i) {
+      const float to_low[2] = {m[0][i], -m[1][i]}, to_high[2] = {m[2][i], m[3][i]};
+      m[1][i] = to_low[1];
+      if (!transforms) continue;
+      m[0][i] = a.matrix.scale * (to_low[0] + to_high[0]);
+      m[1][i] = a.matrix.scale * (to_low[1] + to_high[1]);
+      m[2][i] = a.matrix.scale * (to_low[0] - to_high[0]);
+      m[3][i] = a.matrix.scale * (to_low[1] - to_high[1]);
     }
   }
 
@@ -189,11 +201,14 @@ __global__ void __launch_bounds__(kThreads, 5)
       if constexpr (kKind != Kind::value) {
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) {
-          const float low = x[0][i], high = x[1][i];
-          x[0][i] = __fsub_rn(__fmul_rn(low, cos[0][i]), __fmul_rn(high, sin[0][i]));
-          x[1][i] = __fadd_rn(__fmul_rn(high, cos[1][i]), __fmul_rn(low, sin[1][i]));
+          const float p = x[0][i], q = x[1][i];
+          // Without a transform, rounded as kernels/kv_cache.h says.
+          x[0][i] = transforms ? __fmaf_rn(p, m[0][i], q * m[1][i])
+                               : __fadd_rn(__fmul_rn(p, m[0][i]), __fmul_rn(q, m[1][i]));
+          x[1][i] = transforms ? __fmaf_rn(p, m[2][i], q * m[3][i])
+                               : __fadd_rn(__fmul_rn(p, m[2][i]), __fmul_rn(q, m[3][i]));
         }
-        if (a.matrix.size > 1) transform_head<kLanes>(x, lane);
+        if (transforms) transform_halves<kLanes>(x, lane);
       }
       if constexpr (kKind == Kind::query) {
         if (active) {
@@ -202,7 +217,14 @@ __global__ void __launch_bounds__(kThreads, 5)
         }
         q_out += kHeadDim * bytes_of(kDtype);
       } else {
-        Range range = merge(range_of(x[0], false), range_of(x[1], false));
+        Range range;
+        if constexpr (kKind == Kind::value && kDtype != DType::f32) {
+          PairRange<kDtype> pairs;
+          for (const Chunk<kDtype>& chunk : raw) pairs.add(chunk.words[0]);
+          range = pairs.range(false);
+        } else {
+          range = merge(range_of(x[0], false), range_of(x[1], false));
+        }
 #pragma unroll
         for (int step = 1; step < kLanes; step *= 2) {
           range = merge(range, {__shfl_xor_sync(kAllLanes, range.high, step),

@@ -56,6 +56,12 @@ struct PairRange {
       low = min_nan_bf16x2(low, pair);
     }
   }
+  __device__ __forceinline__ void add(const uint4& pairs) {
+    add(pairs.x);
+    add(pairs.y);
+    add(pairs.z);
+    add(pairs.w);
+  }
   __device__ __forceinline__ Range range(bool symmetric) const {
     const auto larger = [](uint32_t pair) {  // of two magnitudes
       const uint32_t sizes = pair & 0x7fff7fffu;

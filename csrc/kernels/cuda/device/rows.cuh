@@ -108,10 +108,7 @@ struct RowReader<RowSource<kDtype>> {
       to_floats<kDtype>(v, held);
       seen.template add<kSymmetric>(v);
     } else {
-      seen.add(held.words[0].x);
-      seen.add(held.words[0].y);
-      seen.add(held.words[0].z);
-      seen.add(held.words[0].w);
+      seen.add(held.words[0]);
     }
   }
 };
