@@ -174,12 +174,13 @@ __device__ __forceinline__ void store_chunk_codes(const QuantizedRows& out, int6
   // u - half in two's complement: the highest bit of u flipped, where u fills its place.
   const int half = 1 << (out.bits - 1);
   if (out.packed) {
-    static_cast<uint32_t*>(out.codes)[chunk] = code_word<4, kRounding>(v, grid, half) ^ 0x88888888u;
+    __stcs(static_cast<uint32_t*>(out.codes) + chunk,
+           code_word<4, kRounding>(v, grid, half) ^ 0x88888888u);
   } else {
     const uint32_t fill = static_cast<uint32_t>(128 - half) * 0x01010101u;
-    static_cast<uint2*>(out.codes)[chunk] = {
-        (code_word<8, kRounding>(v, grid, half) + fill) ^ 0x80808080u,
-        (code_word<8, kRounding>(v + 4, grid, half) + fill) ^ 0x80808080u};
+    __stcs(static_cast<uint2*>(out.codes) + chunk,
+           uint2{(code_word<8, kRounding>(v, grid, half) + fill) ^ 0x80808080u,
+                 (code_word<8, kRounding>(v + 4, grid, half) + fill) ^ 0x80808080u});
   }
 }
 /// The same, of elements [i, i + 8) of all rows.

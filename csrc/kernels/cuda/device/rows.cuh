@@ -7,12 +7,12 @@
 //   1. the range (and the norm's sum of squares), over the team: shuffles and one barrier;
 //   2. every thread makes the grid for itself, then codes from what it holds.
 //
-// A norm's inverse multiplies the range, not the elements, so that step 1 finds both. Groups of
+// A norm's inverse multiplies the range, so that step 1 finds both. Groups of
 // 2^k chunks, 4 to 32, find their ranges by shuffles alone; a thread makes the grid of one of them.
 // A row that is longer than a team can hold is read again in each step, from the L2.
 // Rows of one warp: kSmallTeams a block, no barrier.
 //
-// Bound: memory; about 8 instructions an element, 13 with a norm.
+// Bound: memory; with a norm and a weight the instructions, about 20 an element.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -29,9 +29,8 @@ namespace quarot::cuda {
 
 /// Warps of a block whose teams are single warps.
 constexpr int kSmallTeams = 4;
-/// Few rows: fewer than so many chunks a multiprocessor, and so many a thread.
+/// Few rows: fewer than so many chunks a multiprocessor.
 constexpr int kFewChunks = 1024;
-constexpr int kFewHeld = 4;
 /// Chunks of a group: powers of two from here to a warp.
 constexpr int kLeastLanes = 4;
 
@@ -45,8 +44,8 @@ struct RowPlan {
 
 // ---- Readers: what a thread loads of a chunk, keeps, and makes of it ----------------------------
 
-/// A thread loads kInFlight chunks before it uses them, and holds at most kHeld. Raw{} and Held{}
-/// are zeros. kSplits: a row may be read as several.
+/// A thread loads kInFlight chunks before it uses them, and holds at most kHeld, of few rows about
+/// kFewHeld. Raw{} and Held{} are zeros. kSplits: a row may be read as several.
 template <class Source>
 struct RowReader;
 
@@ -77,7 +76,7 @@ struct RowReader<RowSource<kDtype>> {
   using Held = Chunk<kDtype>;
   using Seen = std::conditional_t<kDtype == DType::f32, FloatRange, PairRange<kDtype>>;
   static constexpr int kHeld = kDtype == DType::f32 ? 4 : 8, kInFlight = kHeld;
-  static constexpr int kMaxTeam = 1024;
+  static constexpr int kMaxTeam = 1024, kFewHeld = 4;
   static constexpr bool kNormalised = false, kSplits = true;
   static constexpr Rounding kRounding = Rounding::exact;
 
@@ -120,7 +119,6 @@ struct FloatHolder {
   };
   using Seen = FloatRange;
   static constexpr bool kSplits = false;
-  static constexpr Rounding kRounding = Rounding::fused;
 
   __device__ __forceinline__ void forget(Held&) const {}
   __device__ __forceinline__ void values(float (&v)[kChunk], const Held& held) const {
@@ -141,8 +139,9 @@ struct RowReader<GluSource<kDtype>> : FloatHolder {
     Chunk<kDtype> gate, up;
   };
   static constexpr int kHeld = 4, kInFlight = kDtype == DType::f32 ? 1 : 2;
-  static constexpr int kMaxTeam = 1024;
+  static constexpr int kMaxTeam = 1024, kFewHeld = 4;
   static constexpr bool kNormalised = false;
+  static constexpr Rounding kRounding = Rounding::fused;
 
   explicit RowReader(const GluSource<kDtype>& s) : source(s) {}
 
@@ -168,7 +167,7 @@ struct RmsnormSource : RowSource<kDtype> {
   float eps;
 
   __device__ __forceinline__ float inverse_norm(float squares, int n) const {
-    return __frsqrt_rn(__fdividef(squares, static_cast<float>(n)) + eps);
+    return __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(squares, static_cast<float>(n)) + eps));
   }
 
   // For any_transform.cuh, which calls common with all threads of a block.
@@ -192,23 +191,44 @@ struct RmsnormSource : RowSource<kDtype> {
   }
 };
 
-/// Held is x * factor * weight: the norm's inverse is the factor, or left to the grid.
-template <DType kDtype, bool kWeighted, DType kWeight>
-struct RowReader<RmsnormSource<kDtype, kWeighted, kWeight>> : FloatHolder {
-  using Source = RmsnormSource<kDtype, kWeighted, kWeight>;
-  Source source;
+/// Without a weight: x is kept as it came, and multiplied by the norm's inverse in step 2.
+template <DType kDtype, DType kWeight>
+struct RowReader<RmsnormSource<kDtype, false, kWeight>> : RowReader<RowSource<kDtype>> {
+  using Rows = RowReader<RowSource<kDtype>>;
+  RmsnormSource<kDtype, false, kWeight> norm;
+
+  static constexpr bool kNormalised = true, kSplits = false, kWeighted = false;
+
+  explicit RowReader(const RmsnormSource<kDtype, false, kWeight>& s) : Rows{s}, norm(s) {}
+
+  __device__ __forceinline__ void hold(typename Rows::Held& held, const typename Rows::Raw& raw,
+                                       int, float, float& squares) const {
+    held = raw;
+    float v[kChunk];
+    to_floats<kDtype>(v, held);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) squares += v[i] * v[i];
+  }
+};
+
+/// With a weight: x * factor * weight is kept, and multiplied by the norm's inverse, if that is not
+/// the factor already.
+template <DType kDtype, DType kWeight>
+struct RowReader<RmsnormSource<kDtype, true, kWeight>> : FloatHolder {
+  RmsnormSource<kDtype, true, kWeight> norm;
 
   using Raw = Chunk<kDtype>;
-  static constexpr int kHeld = 4, kInFlight = kDtype == DType::f32 ? 2 : 4;
-  static constexpr int kMaxTeam = 1024;
-  static constexpr bool kNormalised = true;
+  static constexpr int kHeld = 4, kInFlight = kDtype == DType::f32 ? 1 : 4;
+  static constexpr int kMaxTeam = 1024, kFewHeld = 2;
+  static constexpr bool kNormalised = true, kWeighted = true;
+  static constexpr Rounding kRounding = Rounding::exact;
   /// Between these a sum of squares, and what it is made of, neither overflows nor loses bits.
   static constexpr float kLeastSquares = 0x1p-100f, kMostSquares = 0x1p120f;
 
-  explicit RowReader(const Source& s) : source(s) {}
+  explicit RowReader(const RmsnormSource<kDtype, true, kWeight>& s) : norm(s) {}
 
   __device__ __forceinline__ const void* row(int64_t r) const {
-    return static_cast<const char*>(source.data) + r * source.row_stride * bytes_of(kDtype);
+    return static_cast<const char*>(norm.data) + r * norm.row_stride * bytes_of(kDtype);
   }
   __device__ __forceinline__ Raw load(const void* row, int chunk) const {
     return load_chunk<kDtype>(row, chunk * kChunk);
@@ -223,9 +243,8 @@ struct RowReader<RmsnormSource<kDtype, kWeighted, kWeight>> : FloatHolder {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) held.v[i] *= factor;
     }
-    if constexpr (!kWeighted) return;
     float w[kChunk];
-    to_floats<kWeight>(w, static_cast<const Chunk<kWeight>*>(source.weight)[chunk]);
+    to_floats<kWeight>(w, static_cast<const Chunk<kWeight>*>(norm.weight)[chunk]);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) held.v[i] *= w[i];
   }
@@ -286,7 +305,7 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
   forget_origin(x);  // else it is computed again for each load
 
   RowStats stats{};
-  // Values are multiplied by `factor` at once, by `rest` in the grid.
+  // Values are multiplied by `factor` when they are read, by `rest` in step 2.
   float factor = 1.0f, rest = 1.0f;
   Held held[kHeld];
   const auto read = [&](int start) {
@@ -352,15 +371,17 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
     stats = reduce_team<Reader::kNormalised>(stats, warps, symmetric, memory[0]);
   }
   if constexpr (Reader::kNormalised) {
-    rest = reader.source.inverse_norm(stats.squares, p.row_chunks * kChunk);
-    // All threads of a team agree.
-    if (!(stats.squares > Reader::kLeastSquares && stats.squares < Reader::kMostSquares)) {
-      factor = rest;
-      rest = 1.0f;
-      if constexpr (!kLong) read(member);
-      if constexpr (!kGrouped) {
-        find_range();
-        stats = reduce_team<false>(stats, warps, symmetric, memory[1]);
+    rest = reader.norm.inverse_norm(stats.squares, p.row_chunks * kChunk);
+    if constexpr (Reader::kWeighted) {
+      // All threads of a team agree.
+      if (!(stats.squares > Reader::kLeastSquares && stats.squares < Reader::kMostSquares)) {
+        factor = rest;
+        rest = 1.0f;
+        if constexpr (!kLong) read(member);
+        if constexpr (!kGrouped) {
+          find_range();
+          stats = reduce_team<false>(stats, warps, symmetric, memory[1]);
+        }
       }
     }
   }
@@ -375,15 +396,18 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
     if (chunk >= chunks) return;
     float v[kChunk];
     reader.values(v, held[i]);
+    if constexpr (Reader::kNormalised) {
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) v[j] = __fmul_rn(v[j], rest);
+    }
     store_chunk_codes<Reader::kRounding>(codes, chunk, v, grid);
   };
   const auto grid_of = [&](const Range& range, int64_t group, bool writes) {
-    Grid grid = make_grid(range, rest, out.clip, out.bits, symmetric);
+    const Grid grid = make_grid(range, rest, out.clip, out.bits, symmetric);
     if (writes) {
       out.scale[group] = grid.scale;
       if (!symmetric) out.zero[group] = grid.shift;
     }
-    grid.inv *= rest;
     return grid;
   };
   if constexpr (!kGrouped) {
@@ -480,7 +504,7 @@ void launch_rows(const Source& source, int64_t rows, int64_t n, const QuantizedR
   // Few rows: fewer chunks a thread, so that each has less to do.
   const bool few = p.chunks < int64_t{device_limits().processors} * kFewChunks;
   const int64_t wanted =
-      ceil_div(ceil_div(p.row_chunks, few ? kFewHeld : Reader::kHeld), kWarp) * kWarp;
+      ceil_div(ceil_div(p.row_chunks, few ? Reader::kFewHeld : Reader::kHeld), kWarp) * kWarp;
   p.team = static_cast<int>(wanted < Reader::kMaxTeam ? wanted : Reader::kMaxTeam);
   const int teams = p.team == kWarp ? kSmallTeams : 1;
   const bool is_long = p.row_chunks > Reader::kMaxTeam * Reader::kHeld;
