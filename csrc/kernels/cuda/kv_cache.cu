@@ -150,12 +150,17 @@ __global__ void __launch_bounds__(kThreads, 5)
     return static_cast<const char*>(x.data) +
            (b * x.batch_stride + s * x.seq_stride + first) * bytes_of(kDtype);
   };
-  const char *const q = start_of(a.q), *const k = start_of(a.k), *const v = start_of(a.v);
+  const char* from = nullptr;
   Chunk<kDtype> next[2];
   const auto load_next = [&](int head) {
-    const char* from = v + (head - heads - kv_heads) * a.v.head_stride * bytes_of(kDtype);
-    if (head < heads + kv_heads) from = k + (head - heads) * a.k.head_stride * bytes_of(kDtype);
-    if (head < heads) from = q + head * a.q.head_stride * bytes_of(kDtype);
+    const int values = heads + kv_heads;
+    const int of_kind = head < heads ? 0 : head < values ? heads : values;
+    const HeadVectors& x = head < heads ? a.q : head < values ? a.k : a.v;
+    if (head == begin || head == of_kind) {
+      from = start_of(x) + (head - of_kind) * x.head_stride * bytes_of(kDtype);
+    } else {
+      from += x.head_stride * bytes_of(kDtype);
+    }
     next[0] = load_chunk<kDtype>(from, 0);
     next[1] = load_chunk<kDtype>(from, kHeadDim / 2);
   };

@@ -17,6 +17,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -503,11 +504,12 @@ void launch_rows(const Source& source, int64_t rows, int64_t n, const QuantizedR
   }
   // Few rows: fewer chunks a thread, so that each has less to do.
   const bool few = p.chunks < int64_t{device_limits().processors} * kFewChunks;
-  const int64_t wanted =
-      ceil_div(ceil_div(p.row_chunks, few ? Reader::kFewHeld : Reader::kHeld), kWarp) * kWarp;
-  p.team = static_cast<int>(wanted < Reader::kMaxTeam ? wanted : Reader::kMaxTeam);
+  const int64_t least = ceil_div(p.row_chunks, Reader::kMaxTeam);
+  const int64_t each = std::max(int64_t{few ? Reader::kFewHeld : Reader::kHeld}, least);
+  const bool is_long = each > Reader::kHeld;
+  p.team = is_long ? Reader::kMaxTeam
+                   : static_cast<int>(ceil_div(ceil_div(p.row_chunks, each), kWarp)) * kWarp;
   const int teams = p.team == kWarp ? kSmallTeams : 1;
-  const bool is_long = p.row_chunks > Reader::kMaxTeam * Reader::kHeld;
   const auto kernel = p.lanes == 0 ? (is_long ? &quantize_rows_kernel<Source, true, false>
                                               : &quantize_rows_kernel<Source, false, false>)
                                    : (is_long ? &quantize_rows_kernel<Source, true, true>
