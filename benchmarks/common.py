@@ -38,6 +38,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 MIN_RUNS = 5
 MIN_SECONDS = 0.5
 
+# Ops of a graph that stands for a decode step.
+NODES = 50
+
 # Bytes of a case's input. Input and output together are cold if they are 4x what a last-level cache
 # holds: 50 MB of L2 on an H200, and tens of MB of L3 on a CPU (more on large servers: there the
 # ratio to the copy still holds, as it is measured on buffers of the same size).
@@ -66,6 +69,7 @@ class Case:
         gbps: bytes read and written once, by that time, in GB/s.
         copy_share: the time of a copy of the same bytes by this time (1 = at the bound).
         baselines: name -> that implementation's time by this time (2 = we are twice as fast).
+        sizes: the shape in numbers, for plots.
     """
 
     name: str
@@ -74,6 +78,7 @@ class Case:
     gbps: float
     copy_share: float
     baselines: dict[str, float]
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def line(self) -> str:
         """Return the case as one line of a table."""
@@ -84,15 +89,31 @@ class Case:
         )
 
 
-def median_seconds(run: Callable[[], object], device: str) -> float:
-    """Return the median time of `run()` on a device, warmed up."""
+def median_seconds(run: Callable[[], object], device: str, seconds: float = MIN_SECONDS) -> float:
+    """Return the median time of `run()` on a device, warmed up, of as many as fill `seconds`."""
     times: list[float] = []
     timer = _cuda_seconds if device == "cuda" else _cpu_seconds
     timer(run)
     timer(run)
-    while len(times) < MIN_RUNS or sum(times) < MIN_SECONDS:
+    while len(times) < MIN_RUNS or sum(times) < seconds:
         times.append(timer(run))
     return statistics.median(times)
+
+
+def node_seconds(run: Callable[[], object], device: str, seconds: float = MIN_SECONDS) -> float:
+    """Return the time of one `run()` among `NODES`, each after the other: a decode step's ops.
+
+    On a GPU they are the nodes of a CUDA graph, so that the host's time does not count; the data
+    stay in the L2.
+    """
+    if device == "cuda":
+        run()  # what must not happen in a capture: the factor's copy, the kernels' loading
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(NODES):
+                run()
+        return median_seconds(graph.replay, device, seconds) / NODES
+    return median_seconds(run, device, seconds)
 
 
 def _cpu_seconds(run: Callable[[], object]) -> float:
@@ -118,22 +139,26 @@ def measure(
     device: str,
     moved: int,
     baselines: dict[str, Callable[[], object]],
+    sizes: dict[str, int] | None = None,
+    timer: Callable[[Callable[[], object], str, float], float] = median_seconds,
+    seconds: float = MIN_SECONDS,
 ) -> Case:
     """Time `run`, a copy of the same bytes, and the baselines, one after the other.
 
     Args:
-        name, shape: as in `Case`.
-        run: the work, on data of at least `COLD_BYTES`.
+        name, shape, sizes: as in `Case`.
+        run: the work, on data of at least `COLD_BYTES` unless the case is about less.
         device: "cpu" or "cuda".
         moved: bytes that the work reads plus those it writes, each counted once.
         baselines: other implementations of the same work.
+        timer: `median_seconds` or `node_seconds`;  seconds: passed to it.
     """
     half = torch.empty(moved // 2, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(half)
-    copy = median_seconds(lambda: target.copy_(half), device)
-    seconds = median_seconds(run, device)
-    others = {other: median_seconds(f, device) / seconds for other, f in baselines.items()}
-    return Case(name, shape, seconds * 1e6, moved / seconds / 1e9, copy / seconds, others)
+    copy = timer(lambda: target.copy_(half), device, seconds)
+    ours = timer(run, device, seconds)
+    others = {other: timer(f, device, seconds) / ours for other, f in baselines.items()}
+    return Case(name, shape, ours * 1e6, moved / ours / 1e9, copy / ours, others, sizes or {})
 
 
 def check_error(

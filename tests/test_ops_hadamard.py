@@ -213,3 +213,63 @@ def test_sizes_beyond_sixteen_and_thirty_two_bits(device, rows, n):
     actual = ops.hadamard(x)
     for part in (slice(0, 5), slice(rows // 2, rows // 2 + 5), slice(rows - 5, rows)):
         assert torch.equal(actual[part], ops.hadamard(x[part].clone()))
+
+
+POWERS = [1 << p for p in range(5, 17)]
+MODELS = [96, 576, 1536, 5120, 11008, 12288, 13824, 14336, 18944, 28672, 29568]
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", POWERS + MODELS)
+def test_accuracy_at_all_sizes(device, n, dtype):
+    size = hadamard.split(n)[0]
+    x = torch.randn(3, n + 8).to(dtype)[:, :n]
+    exact = hadamard.transform(x.double(), size)
+    in_torch = hadamard.transform(x, size)
+    assert_accurate(ops.hadamard(x.to(device), size), in_torch, exact)
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_misaligned_rows(device, dtype):
+    """An address or a stride that is no multiple of 16 bytes."""
+    buffer = torch.randn(1 + 6 * 577).to(dtype)
+    on_device = buffer.to(device)
+
+    def views(b):
+        return b[1 : 1 + 6 * 576].view(6, 576), b[: 6 * 577].view(6, 577)[:, :576]
+
+    for x, there in zip(views(buffer), views(on_device), strict=True):
+        exact = hadamard.transform(x.double())
+        assert_accurate(ops.hadamard(there), hadamard.transform(x), exact)
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_reads_strided_rows_in_place(device):
+    needs_kernel(device)
+    x = torch.randn(256, 8192 + 64, device=device)[:, 32 : 32 + 8192]
+    ops.hadamard(x)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = ops.hadamard(x)
+    assert torch.cuda.max_memory_allocated() - before < out.nbytes + x.nbytes // 4
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_writes_nothing_beside_its_output(device):
+    needs_kernel(device)
+    x = torch.randn(37, 1152, device=device)
+    expected = ops.hadamard(x)
+    # The output will lie in a hole that the allocator has between blocks of its size.
+    blocks = [torch.full_like(x, torch.nan) for _ in range(32)]
+    del blocks[::2]
+    assert torch.equal(ops.hadamard(x), expected)
+    assert all(block.isnan().all() for block in blocks)
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_refuses_tensors_on_two_devices(device):
+    x = torch.randn(2, 48, device=device)
+    with pytest.raises(RuntimeError, match="factor.*cpu"):
+        OP(x, 48, hadamard.factor_matrix(12), 1.0)

@@ -438,3 +438,50 @@ def test_runs_on_a_second_device(device):
     actual = result(there)
     assert actual[0].device.index == 1
     assert_all_equal(actual, result(here))
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "seq", "heads", "kv_heads", "dim"),
+    # Tokens whose heads fill a block's teams, or do not, or need several rounds; few and many.
+    [
+        (3, 77, 9, 3, 64),
+        (2, 50, 32, 8, 128),
+        (1, 1, 32, 32, 128),
+        (2, 9, 5, 1, 32),
+        (1, 33, 4, 4, 256),
+    ],
+)
+def test_head_counts(device, dtype, batch, seq, heads, kv_heads, dim):
+    tensors = inputs(batch, seq, heads, kv_heads, dim, dtype=dtype, one_angle=seq % 2 == 0)
+    cache = random_cache(batch, kv_heads, seq + 9, dim, 4, torch.device("cpu"))
+    start = torch.arange(batch, dtype=torch.int32) * 3
+    options = {"bits": 4, "size": dim}
+    q, actual = append(ops, device, tensors, cache, start, **options)
+    q_expected, expected = append(ops, "cpu", tensors, cache, start, **options)
+    assert_accurate(q, q_expected, rotated(tensors[0], *tensors[3:], dim))
+    assert_caches_agree(actual, expected, 4)
+
+
+@on_cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_misaligned_heads(device, dtype):
+    """Addresses that are no multiples of 16 bytes take another kernel."""
+    tensors = inputs(2, 5, 4, 2, 64, dtype=dtype)
+    cache = random_cache(2, 2, 8, 64, 4, torch.device("cpu"))
+    odd = [torch.cat((t.flatten()[:1], t.flatten())).to(device)[1:].view(t.shape) for t in tensors]
+    options = {"bits": 4, "size": 64}
+    q, expected = append(ops, device, tensors, cache, starts(0, 2), **options)
+    q_odd, actual = append(ops, device, odd, cache, starts(0, 2), **options)
+    torch.testing.assert_close(q_odd, q)
+    assert_caches_agree(actual, expected, 4)
+
+
+@on_cuda
+def test_refuses_tensors_on_two_devices(device):
+    for name in ("k", "cos", "v_codes", "start"):
+        arguments = good(device)
+        arguments[name] = arguments[name].cpu()
+        with pytest.raises(RuntimeError, match=name):
+            ops.rope_hadamard_kv_append(**arguments)

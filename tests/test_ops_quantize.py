@@ -644,3 +644,140 @@ def test_sizes_beyond_sixteen_and_thirty_two_bits(device, name, rows, n):
     for part in (slice(0, 5), slice(rows // 2, rows // 2 + 5), slice(rows - 5, rows)):
         here = tuple(None if t is None else t[part] for t in actual)
         agree(here, ON_CUDA[name](x[part].clone()))
+
+
+# CUDA: what the kernels distinguish that the shapes above do not reach
+
+
+def like_the_cpu(op, x, device, **options):
+    """Run op(x) on the GPU and on the CPU, of whose kernels the tests above vouch."""
+    return op(x.to(device), **options), op(x, **options)
+
+
+# (columns, group): rows shorter than a warp and longer, up to more than a block holds; groups that
+# are lanes of a warp, in rows that lie one after the other and not, and other groups.
+ROWS = [(n, 0) for n in (32, 64, 256, 264, 1024, 1152, 8192, 28672, 65544)]
+ROWS += [(64, 32), (320, 64), (4096, 128), (28672, 256), (65536, 128), (1344, 96), (4096, 1024)]
+
+
+@on_cuda
+@each_dtype
+@pytest.mark.parametrize(("n", "group"), ROWS)
+def test_quantize_rows_of_all_lengths(device, dtype, n, group):
+    x = torch.randn(7, n + 8)
+    x[:, :: n // 3] *= 9
+    x[2, 5], x[3, n - 1], x[4] = torch.nan, -torch.inf, 0
+    for view in (x.to(dtype)[:, :n], x.to(dtype)[:, :n].contiguous()):
+        for bits, symmetric, packed in (
+            (4, True, False),
+            (4, False, True),
+            (8, True, False),
+            (8, False, False),
+        ):
+            options = {"symmetric": symmetric, "packed": packed, "group": group, "clip": 0.9}
+            assert_identical(*like_the_cpu(ops.quantize, view, device, bits=bits, **options))
+
+
+@on_cuda
+@each_dtype
+@pytest.mark.parametrize("n", [32, 576, 2048, 14336, 28672, 40960])
+@pytest.mark.parametrize("group", [0, 32])
+def test_rmsnorm_quantize_rows_of_all_lengths(device, dtype, n, group):
+    x = torch.randn(6, n + 8)[:, :n].to(dtype)
+    x[1, 7], x[2] = torch.inf, 0
+    x[3] *= 2.0**-14
+    for weight in (None, torch.rand(n) + 0.5, (torch.rand(n) + 0.5).to(dtype)):
+
+        def op(x, weight=weight, **options):
+            here = None if weight is None else weight.to(x.device)
+            return ops.rmsnorm_quantize(x, here, **options)
+
+        assert_codes_agree(*like_the_cpu(op, x, device, group=group, clip=0.9))
+        assert_codes_agree(*like_the_cpu(op, x, device, group=group, bits=8))
+
+
+def test_rmsnorm_quantize_of_extreme_rows(device):
+    """Sums of squares that overflow, and values whose squares underflow."""
+    x = torch.randn(4, 512)
+    x[0] *= 1e25
+    x[1] *= 1e-25
+    x[2] *= 1e-12
+    weight = torch.linspace(0.5, 2, 512)
+    for options in ({}, {"group": 64}):
+        actual = ops.rmsnorm_quantize(x.to(device), weight.to(device), **options)
+        assert_codes_agree(actual, reference.rmsnorm_quantize(x, weight, **options))
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1e-6, 1e-30])
+def test_tiny_clips(device, clip):
+    """Almost all codes are the ends of the range, however far the values are beyond it."""
+    x = torch.randn(5, 256)
+    for symmetric in (True, False):
+        options = {"symmetric": symmetric, "clip": clip}
+        expected = reference.quantize(x, **options)
+        assert_identical(ops.quantize(x.to(device), **options), expected)
+
+
+@on_cuda
+@each_dtype
+def test_misaligned_rows(device, dtype):
+    """An address or a stride that is no multiple of 16 bytes."""
+    buffer = torch.randn(1 + 6 * 1153, device=device).to(dtype)
+    for x in (buffer[1 : 1 + 6 * 1152].view(6, 1152), buffer[: 6 * 1153].view(6, 1153)[:, :1152]):
+        assert_identical(ops.quantize(x, packed=True), ops.quantize(x.clone(), packed=True))
+        assert_codes_agree(ops.rmsnorm_quantize(x), ops.rmsnorm_quantize(x.clone()))
+        weight = torch.rand(1153, device=device)[1:]
+        assert_codes_agree(ops.rmsnorm_quantize(x, weight), ops.rmsnorm_quantize(x, weight.clone()))
+    codes = torch.randint(-8, 8, (1 + 4096,), dtype=torch.int8, device=device)[1:]
+    packed = ops.pack_int4(codes)
+    assert torch.equal(packed, ops.pack_int4(codes.clone()))
+    odd = torch.cat((packed[:1], packed))[1:]
+    assert torch.equal(ops.unpack_int4(odd), codes)
+    scale = torch.rand(1, device=device)
+    assert torch.equal(ops.dequantize(odd[None], scale), ops.dequantize(packed[None], scale))
+
+
+@on_cuda
+@each_on_cuda
+def test_writes_nothing_beside_its_outputs(device, name):
+    needs_kernel(name, device)
+    x = torch.randn(37, 1152, device=device)
+    expected = ON_CUDA[name](x)
+    # Outputs will lie in holes that the allocator has between blocks of their sizes.
+    sizes = [t.nbytes for t in expected if t is not None]
+    blocks = [
+        torch.full((size,), 0x7F, dtype=torch.uint8, device=device)
+        for size in sizes
+        for _ in range(32)
+    ]
+    del blocks[::2]
+    assert_identical(ON_CUDA[name](x), expected)
+    assert all((block == 0x7F).all() for block in blocks)
+
+
+@on_cuda
+@pytest.mark.parametrize(
+    "name", ["quantize", "hadamard_quantize", "rmsnorm_quantize", "glu_hadamard_quantize"]
+)
+def test_reads_strided_rows_in_place(device, name):
+    needs_kernel(name, device)
+    x = torch.randn(256, 8192 + 64, device=device)[:, 32 : 32 + 8192]
+    ON_CUDA[name](x)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    actual = ON_CUDA[name](x)
+    outputs = sum(t.nbytes for t in actual if t is not None)
+    assert torch.cuda.max_memory_allocated() - before < outputs + x.nbytes // 4
+
+
+@on_cuda
+def test_refuses_tensors_on_two_devices(device):
+    x = torch.randn(2, 64)
+    codes, scale, _ = ops.quantize(x)
+    for call, message in (
+        (lambda: ops.rmsnorm_quantize(x.to(device), torch.ones(64)), "weight.*cpu"),
+        (lambda: ops.dequantize(codes.to(device), scale), "scale.*cpu"),
+        (lambda: ops.quantize(x.to(device).double()), "x.*float64"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()

@@ -26,7 +26,9 @@ void transform_quantize(const Source& source, bool aligned, const HadamardMatrix
                         Stream stream, const char* op) {
   if (rows == 0) return;
   if (aligned && n > 0 && n % kChunk == 0 && groups_are_whole(out)) {
-    if (matrix.size == 1 && matrix.scale == 1.0f) return launch_rows(source, rows, n, out, stream);
+    if (matrix.size == 1 && matrix.scale == 1.0f && rows_fit(n, out)) {
+      return launch_rows(source, rows, n, out, stream);
+    }
     TransformPlan plan{};
     if (plan_transform(plan, matrix, rows, n, inner, Source::kOperands, n / out.group,
                        QuantizeSink::kSlotBytes)) {
@@ -68,18 +70,32 @@ void glu_rows(const GluHadamardQuantizeArgs& args, Stream stream) {
                      "glu_hadamard_quantize");
 }
 
-template <DType kDtype>
-void rmsnorm_rows(const RmsnormQuantizeArgs& args, Stream stream) {
+template <DType kDtype, bool kWeighted, DType kWeight>
+void rmsnorm_weighted(const RmsnormQuantizeArgs& args, Stream stream) {
   const Rows& x = args.x;
-  if (x.rows == 0) return;
-  const RmsnormSource<kDtype> source{
-      {x.data, x.row_stride}, args.weight, args.weight_dtype, args.eps};
+  const RmsnormSource<kDtype, kWeighted, kWeight> source{
+      {x.data, x.row_stride}, args.weight, args.eps};
   const bool aligned = chunks_are_aligned(x) && reinterpret_cast<uintptr_t>(args.weight) % 16 == 0;
-  if (aligned && x.n > 0 && groups_are_whole(args.out)) {
+  if (aligned && rows_fit(x.n, args.out)) {
     return launch_rows(source, x.rows, x.n, args.out, stream);
   }
   launch_any(kNoTransform, x.rows, x.n, 1, source, AnyQuantize{args.out}, stream,
              "rmsnorm_quantize");
+}
+
+template <DType kDtype>
+void rmsnorm_rows(const RmsnormQuantizeArgs& args, Stream stream) {
+  if (args.x.rows == 0) return;
+  if (args.weight == nullptr) return rmsnorm_weighted<kDtype, false, DType::f32>(args, stream);
+  switch (args.weight_dtype) {
+    case DType::f32:
+      return rmsnorm_weighted<kDtype, true, DType::f32>(args, stream);
+    case DType::f16:
+      return rmsnorm_weighted<kDtype, true, DType::f16>(args, stream);
+    case DType::bf16:
+      return rmsnorm_weighted<kDtype, true, DType::bf16>(args, stream);
+  }
+  QUAROT_ASSERT(false, "rmsnorm_quantize: no such weight dtype");
 }
 
 }  // namespace

@@ -1,17 +1,21 @@
 // rope_hadamard_kv_append on CUDA. Maths and layouts: kernels/kv_cache.h.
 //
 // head_kernel: head_dim = 16 L, a power of two, rotary = head_dim, transform of the whole head or
-// none. L lanes hold a head; lane l has dimensions 8 l ... 8 l + 7 of each half, so that RoPE and
-// all butterflies but log2 L stay in registers; the others are shuffles. A block holds a token's
-// cosines and sines in registers and walks over its heads: queries, keys, values. Few tokens:
-// several blocks a token.
+// none. A team of L lanes works on a token: it holds its cosines and sines in registers and goes
+// from head to head (queries, keys, values), loading the next one while it works on this one. Lane
+// l has dimensions 8 l ... 8 l + 7 of each half of a head, so that RoPE and all butterflies but
+// log2 L stay in registers; the others are shuffles. Few tokens: the heads are split over several
+// teams, in different blocks.
 //
-// any_head_kernel: all other shapes; a warp a head, in shared memory.
+// any_head_kernel: all other shapes; a warp a head, in shared memory. (One file, if a long one: the
+// two share the quantizer and the layouts.)
 //
 // Bound: memory; a decode step is a few kilobytes, bound by the launch.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/cuda/device/int4.cuh"
 #include "kernels/cuda/device/launch.cuh"
@@ -25,56 +29,34 @@ namespace {
 // ---- Config -------------------------------------------------------------------------------------
 
 constexpr int kThreads = 128;
+constexpr int kBlocksWanted = 48;  // a multiprocessor, where there is enough to do
+constexpr int64_t kLeastHeads = 12;
 constexpr float kScaleMin = 0x1p-14f;  // the smallest normal fp16
 constexpr float kScaleMax = 65504.0f;  // the largest
 constexpr uint16_t kNaN16 = 0x7e00;
 
 // ---- Device helpers -----------------------------------------------------------------------------
 
-/// Which vector a group of lanes works on: a query, a key or a value head.
-struct Head {
-  int64_t input;   // first element
-  int64_t output;  // first element of q_out, or the slot in a cache; -1: out of the cache
-  int kind;        // 0 query, 1 key, 2 value
-};
+enum class Kind { query, key, value };
 
-__device__ __forceinline__ Head head_of(const KvAppendArgs& a, int64_t b, int64_t s, int vector) {
-  const int heads = static_cast<int>(a.heads), kv_heads = static_cast<int>(a.kv_heads);
-  const auto at = [&](const HeadVectors& x, int h) {
-    return b * x.batch_stride + s * x.seq_stride + h * x.head_stride;
-  };
-  if (vector < heads) return {at(a.q, vector), ((b * a.seq + s) * heads + vector) * a.head_dim, 0};
-  const bool key = vector < heads + kv_heads;
-  const int h = vector - heads - (key ? 0 : kv_heads);
-  const int64_t position = a.start[b] + s;
-  const int64_t slot =
-      position < 0 || position >= a.capacity ? -1 : (b * kv_heads + h) * a.capacity + position;
-  return {at(key ? a.k : a.v, h), slot, key ? 1 : 2};
-}
-
-__device__ __forceinline__ const void* data_of(const KvAppendArgs& a, int kind) {
-  return kind == 0 ? a.q.data : kind == 1 ? a.k.data : a.v.data;
-}
-
-/// The grid of a head whose range is given: codes = clamp(rint(x * inv), low, high) + shift, shift
-/// the zero point.
+/// The grid of a head whose range is given; its codes have no sign, and `shift` is the zero point.
 struct KvGrid {
   Grid grid;
   uint16_t scale16;
 };
 __device__ __forceinline__ KvGrid kv_grid(const Range& range, float clip, int bits) {
   if (range.high >= kInfinityBits || range.low >= kInfinityBits)
-    return {{0.0f, 0.0f, 0.0f, 0.0f, 0}, kNaN16};
+    return {{0.0f, 0.0f, 0, 0}, kNaN16};
   const float hi = __fmul_rn(clip, __int_as_float(range.high)),
               lo = -__fmul_rn(clip, __int_as_float(range.low));
   const float top = static_cast<float>((1 << bits) - 1);
-  const float ratio = __fdiv_rn(__fsub_rn(hi, lo), top);
+  const float ratio = divide_by_steps(__fsub_rn(hi, lo), top);
   const auto scale16 =
       static_cast<uint16_t>(pack_f16x2(fminf(fmaxf(ratio, kScaleMin), kScaleMax), 0.0f));
   const float scale = f16_to_float(scale16);
-  const float inv = __fdiv_rn(1.0f, scale);
+  const float inv = __frcp_rn(scale);
   const float zero = fminf(rintf(__fmul_rn(-lo, inv)), top);
-  return {{scale, inv, -zero, top - zero, static_cast<int>(zero)}, scale16};
+  return {{scale, inv, static_cast<int>(zero), (1 << bits) - 1}, scale16};
 }
 
 __device__ __forceinline__ void store_grid(const KvCache& cache, int64_t slot, const KvGrid& g) {
@@ -82,127 +64,192 @@ __device__ __forceinline__ void store_grid(const KvCache& cache, int64_t slot, c
   cache.zero[slot] = static_cast<uint8_t>(g.grid.shift);
 }
 
-__device__ __forceinline__ void load_angles(float (&v)[kChunk], DType dtype, const void* data,
-                                            int64_t i) {
-  switch (dtype) {
-    case DType::f32:
-      return to_floats<DType::f32>(v, load_chunk<DType::f32>(data, i));
-    case DType::f16:
-      return to_floats<DType::f16>(v, load_chunk<DType::f16>(data, i));
-    case DType::bf16:
-      return to_floats<DType::bf16>(v, load_chunk<DType::bf16>(data, i));
-  }
-}
-
-/// H_2 on 8 values' three index bits.
-__device__ __forceinline__ void butterflies8(float (&v)[kChunk]) {
+/// A head, x[2][8] of each of kLanes lanes, times H, unscaled, but for the halves' butterfly; all
+/// lanes of a warp.
+template <int kLanes>
+__device__ __forceinline__ void transform_halves(float (&x)[2][kChunk], int lane) {
 #pragma unroll
-  for (int bit = 1; bit < kChunk; bit *= 2) {
+  for (int h = 0; h < 2; ++h) {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      if ((i & bit) != 0) continue;
-      const float a = v[i], b = v[i | bit];
-      v[i] = a + b;
-      v[i | bit] = a - b;
+    for (int bit = 1; bit < kChunk; bit *= 2) {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        if ((i & bit) != 0) continue;
+        const float a = x[h][i], b = x[h][i | bit];
+        x[h][i] = a + b;
+        x[h][i | bit] = a - b;
+      }
+    }
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) {
+      const float sign = (lane & step) != 0 ? -1.0f : 1.0f;
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        x[h][i] = __fmaf_rn(x[h][i], sign, __shfl_xor_sync(kAllLanes, x[h][i], step));
+      }
     }
   }
 }
 
 __device__ __forceinline__ void store_kv_codes(uint8_t* codes, int64_t i, int bits,
                                                const float (&v)[kChunk], const Grid& grid) {
-  uint32_t c[kChunk];
-#pragma unroll
-  for (int e = 0; e < kChunk; ++e) c[e] = code_bits(v[e], grid);
-  const uint2 bytes{pack_bytes(c[0], c[1], c[2], c[3]), pack_bytes(c[4], c[5], c[6], c[7])};
   if (bits == 4) {
-    reinterpret_cast<uint32_t*>(codes)[i / kChunk] = pack_nibbles(bytes);
+    reinterpret_cast<uint32_t*>(codes)[i / kChunk] = code_word<4, Rounding::any>(v, grid, 0);
   } else {
-    reinterpret_cast<uint2*>(codes)[i / kChunk] = bytes;
+    reinterpret_cast<uint2*>(codes)[i / kChunk] = {code_word<8, Rounding::any>(v, grid, 0),
+                                                   code_word<8, Rounding::any>(v + 4, grid, 0)};
   }
 }
 
 // ---- Kernels ------------------------------------------------------------------------------------
 
-/// Grid: tokens * splits. kLanes = head_dim / 16.
+__device__ __forceinline__ void load_angles(float (&v)[kChunk], DType dtype, const void* data,
+                                            int64_t i) {
+  switch (dtype) {
+    case DType::f32:
+      to_floats<DType::f32>(v, load_chunk<DType::f32>(data, i));
+      break;
+    case DType::f16:
+      to_floats<DType::f16>(v, load_chunk<DType::f16>(data, i));
+      break;
+    case DType::bf16:
+      to_floats<DType::bf16>(v, load_chunk<DType::bf16>(data, i));
+      break;
+  }
+}
+
+struct HeadPlan {
+  int tokens;
+  int splits;  // of a token's heads
+  int each;    // heads of a split
+  FastDiv seq;
+};
+
+/// kLanes = head_dim / 16. Grid: splits of blocks of tokens, splits of the same tokens side by
+/// side.
 template <DType kDtype, int kLanes>
-__global__ void __launch_bounds__(kThreads)
-    head_kernel(const __grid_constant__ KvAppendArgs a, int splits) {
+__global__ void __launch_bounds__(kThreads, 5)
+    head_kernel(const __grid_constant__ KvAppendArgs a, const __grid_constant__ HeadPlan plan) {
   constexpr int kHeadDim = 16 * kLanes;
-  constexpr int kGroups = kThreads / kLanes;
-  const int64_t token = blockIdx.x / static_cast<unsigned>(splits);
-  const int split = static_cast<int>(blockIdx.x - token * splits);
-  const int64_t b = token / a.seq, s = token - b * a.seq;
+  wait_for_previous_grid();
+  start_next_grid();
+  const int heads = static_cast<int>(a.heads), kv_heads = static_cast<int>(a.kv_heads);
+  const int block = static_cast<int>(blockIdx.x) / plan.splits;
+  const int begin = (static_cast<int>(blockIdx.x) - block * plan.splits) * plan.each;
+  const int end = min(begin + plan.each, heads + 2 * kv_heads);
+  // Teams beyond the last token work on it, and store nothing: all lanes of a warp shuffle
+  // together.
+  const int wanted = block * (kThreads / kLanes) + static_cast<int>(threadIdx.x) / kLanes;
+  const int token = min(wanted, plan.tokens - 1);
+  const bool active = wanted == token;
+  const int b = plan.seq(token), s = token - b * plan.seq.divisor();
   const int lane = threadIdx.x % kLanes;
-  const int vectors = static_cast<int>(a.heads + 2 * a.kv_heads);
-  const int first = lane * kChunk, second = kHeadDim / 2 + first;
+  const int first = lane * kChunk;
 
-  float cos[2][kChunk], sin[2][kChunk];
-  const int64_t angles = b * a.rotary_batch_stride + s * a.rotary;
-  load_angles(cos[0], a.rotary_dtype, a.cos, angles + first);
-  load_angles(cos[1], a.rotary_dtype, a.cos, angles + second);
-  load_angles(sin[0], a.rotary_dtype, a.sin, angles + first);
-  load_angles(sin[1], a.rotary_dtype, a.sin, angles + second);
+  const auto start_of = [&](const HeadVectors& x) {
+    return static_cast<const char*>(x.data) +
+           (b * x.batch_stride + s * x.seq_stride + first) * bytes_of(kDtype);
+  };
+  const char* from = nullptr;
+  Chunk<kDtype> next[2];
+  const auto load_next = [&](int head) {
+    const int values = heads + kv_heads;
+    const int of_kind = head < heads ? 0 : head < values ? heads : values;
+    const HeadVectors& x = head < heads ? a.q : head < values ? a.k : a.v;
+    if (head == begin || head == of_kind) {
+      from = start_of(x) + (head - of_kind) * x.head_stride * bytes_of(kDtype);
+    } else {
+      from += x.head_stride * bytes_of(kDtype);
+    }
+    next[0] = load_chunk<kDtype>(from, 0);
+    next[1] = load_chunk<kDtype>(from, kHeadDim / 2);
+  };
+  load_next(begin);
 
-  // All lanes of a warp stay in the loop: they shuffle together.
-  for (int round = split * kGroups; round < vectors; round += splits * kGroups) {
-    const int vector = round + static_cast<int>(threadIdx.x) / kLanes;
-    const bool active = vector < vectors;
-    const Head head = head_of(a, b, s, active ? vector : vectors - 1);
-    const void* data = data_of(a, head.kind);
-    float x[2][kChunk];
-    to_floats<kDtype>(x[0], load_chunk<kDtype>(data, head.input + first));
-    to_floats<kDtype>(x[1], load_chunk<kDtype>(data, head.input + second));
-    if (head.kind != 2) {
+  const int64_t position = int64_t{a.start[b]} + s;
+  const bool stored = active && position >= 0 && position < a.capacity;
+  const int64_t first_slot = int64_t{b} * kv_heads * a.capacity + position;
+  char* q_out = static_cast<char*>(a.q_out) +
+                ((int64_t{token} * heads + begin) * kHeadDim + first) * bytes_of(kDtype);
+  // Dimensions p and q, half a head apart, become p m[0] + q m[1] and p m[2] + q m[3]: RoPE, and
+  // with a transform its scale and the butterfly of the two.
+  float m[4][kChunk];
+  const bool transforms = a.matrix.size > 1;
+  if (begin < heads + kv_heads) {
+    const int64_t low = b * a.rotary_batch_stride + int64_t{s} * kHeadDim + first;
+    const int64_t high = low + kHeadDim / 2;
+    load_angles(m[0], a.rotary_dtype, a.cos, low);
+    load_angles(m[1], a.rotary_dtype, a.sin, low);
+    load_angles(m[2], a.rotary_dtype, a.sin, high);
+    load_angles(m[3], a.rotary_dtype, a.cos, high);
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
-        const float p = x[0][i], q = x[1][i];
-        x[0][i] = __fsub_rn(__fmul_rn(p, cos[0][i]), __fmul_rn(q, sin[0][i]));
-        x[1][i] = __fadd_rn(__fmul_rn(q, cos[1][i]), __fmul_rn(p, sin[1][i]));
-      }
-    }
-    if (a.matrix.size > 1) {
-      float y[2][kChunk];
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
-        y[0][i] = x[0][i] + x[1][i];
-        y[1][i] = x[0][i] - x[1][i];
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        butterflies8(y[h]);
-#pragma unroll
-        for (int step = 1; step < kLanes; step *= 2) {
-          const float sign = (lane & step) != 0 ? -1.0f : 1.0f;
-#pragma unroll
-          for (int i = 0; i < kChunk; ++i) {
-            y[h][i] = __fmaf_rn(y[h][i], sign, __shfl_xor_sync(kAllLanes, y[h][i], step));
-          }
-        }
-        if (head.kind != 2) {  // values pass as they are
-#pragma unroll
-          for (int i = 0; i < kChunk; ++i) x[h][i] = y[h][i] * a.matrix.scale;
-        }
-      }
-    }
-    Range range = merge(range_of(x[0], false), range_of(x[1], false));
-#pragma unroll
-    for (int step = 1; step < kLanes; step *= 2) {
-      range = merge(range, {__shfl_xor_sync(kAllLanes, range.high, step),
-                            __shfl_xor_sync(kAllLanes, range.low, step)});
-    }
-    if (!active) continue;
-    if (head.kind == 0) {
-      store_chunk<kDtype>(a.q_out, head.output + first, x[0]);
-      store_chunk<kDtype>(a.q_out, head.output + second, x[1]);
-    } else if (head.output >= 0) {
-      const KvCache& cache = head.kind == 1 ? a.k_cache : a.v_cache;
-      const KvGrid grid = kv_grid(range, head.kind == 1 ? a.k_clip : a.v_clip, a.bits);
-      uint8_t* codes = cache.codes + head.output * (kHeadDim * a.bits / 8);
-      store_kv_codes(codes, first, a.bits, x[0], grid.grid);
-      store_kv_codes(codes, second, a.bits, x[1], grid.grid);
-      if (lane == 0) store_grid(cache, head.output, grid);
+    for (int i = 0; i < kChunk; ++i) {
+      const float to_low[2] = {m[0][i], -m[1][i]}, to_high[2] = {m[2][i], m[3][i]};
+      m[1][i] = to_low[1];
+      if (!transforms) continue;
+      m[0][i] = a.matrix.scale * (to_low[0] + to_high[0]);
+      m[1][i] = a.matrix.scale * (to_low[1] + to_high[1]);
+      m[2][i] = a.matrix.scale * (to_low[0] - to_high[0]);
+      m[3][i] = a.matrix.scale * (to_low[1] - to_high[1]);
     }
   }
+
+  // Works on heads [from, to) of a kind; `first_head` is the kind's first one.
+  const auto run = [&](auto kind, int first_head, int from, int to) {
+    constexpr Kind kKind = decltype(kind)::value;
+    for (int head = from; head < to; ++head) {
+      const Chunk<kDtype> raw[2] = {next[0], next[1]};
+      if (head + 1 < end) load_next(head + 1);
+      float x[2][kChunk];
+      to_floats<kDtype>(x[0], raw[0]);
+      to_floats<kDtype>(x[1], raw[1]);
+      if constexpr (kKind != Kind::value) {
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) {
+          const float p = x[0][i], q = x[1][i];
+          // Without a transform, rounded as kernels/kv_cache.h says.
+          x[0][i] = transforms ? __fmaf_rn(p, m[0][i], q * m[1][i])
+                               : __fadd_rn(__fmul_rn(p, m[0][i]), __fmul_rn(q, m[1][i]));
+          x[1][i] = transforms ? __fmaf_rn(p, m[2][i], q * m[3][i])
+                               : __fadd_rn(__fmul_rn(p, m[2][i]), __fmul_rn(q, m[3][i]));
+        }
+        if (transforms) transform_halves<kLanes>(x, lane);
+      }
+      if constexpr (kKind == Kind::query) {
+        if (active) {
+          store_chunk<kDtype>(q_out, 0, x[0]);
+          store_chunk<kDtype>(q_out, kHeadDim / 2, x[1]);
+        }
+        q_out += kHeadDim * bytes_of(kDtype);
+      } else {
+        Range range;
+        if constexpr (kKind == Kind::value && kDtype != DType::f32) {
+          PairRange<kDtype> pairs;
+          for (const Chunk<kDtype>& chunk : raw) pairs.add(chunk.words[0]);
+          range = pairs.range(false);
+        } else {
+          range = merge(range_of(x[0], false), range_of(x[1], false));
+        }
+#pragma unroll
+        for (int step = 1; step < kLanes; step *= 2) {
+          range = merge(range, {__shfl_xor_sync(kAllLanes, range.high, step),
+                                __shfl_xor_sync(kAllLanes, range.low, step)});
+        }
+        const KvCache& cache = kKind == Kind::key ? a.k_cache : a.v_cache;
+        const KvGrid grid = kv_grid(range, kKind == Kind::key ? a.k_clip : a.v_clip, a.bits);
+        const int64_t slot = first_slot + (head - first_head) * a.capacity;
+        if (!stored) continue;
+        uint8_t* codes = cache.codes + slot * (kHeadDim * a.bits / 8);
+        store_kv_codes(codes, first, a.bits, x[0], grid.grid);
+        store_kv_codes(codes, first + kHeadDim / 2, a.bits, x[1], grid.grid);
+        if (lane == 0) store_grid(cache, slot, grid);
+      }
+    }
+  };
+  const int keys = heads, values = heads + kv_heads;
+  run(std::integral_constant<Kind, Kind::query>{}, 0, begin, min(end, keys));
+  run(std::integral_constant<Kind, Kind::key>{}, keys, max(begin, keys), min(end, values));
+  run(std::integral_constant<Kind, Kind::value>{}, values, max(begin, values), end);
 }
 
 /// Any shape: a warp a head. Grid: ceil(batch * seq * vectors / warps).
@@ -218,12 +265,20 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t token = item / vectors;
   if (token >= a.batch * a.seq) return;  // whole warps
   const int64_t b = token / a.seq, s = token - b * a.seq;
-  const Head head = head_of(a, b, s, static_cast<int>(item - token * vectors));
-  const void* data = data_of(a, head.kind);
-  for (int i = lane; i < n; i += kWarp) x[i] = load1<kDtype>(data, head.input + i);
+  const int vector = static_cast<int>(item - token * vectors);
+  const int heads = static_cast<int>(a.heads), kv_heads = static_cast<int>(a.kv_heads);
+  const Kind kind = vector < heads              ? Kind::query
+                    : vector < heads + kv_heads ? Kind::key
+                                                : Kind::value;
+  const HeadVectors& from = kind == Kind::query ? a.q : kind == Kind::key ? a.k : a.v;
+  const int head = vector - (kind == Kind::query ? 0
+                             : kind == Kind::key ? heads
+                                                 : heads + kv_heads);
+  const int64_t input = b * from.batch_stride + s * from.seq_stride + head * from.head_stride;
+  for (int i = lane; i < n; i += kWarp) x[i] = load1<kDtype>(from.data, input + i);
   __syncwarp();
 
-  if (head.kind != 2) {
+  if (kind != Kind::value) {
     const int half = static_cast<int>(a.rotary / 2);
     const int64_t angles = b * a.rotary_batch_stride + s * a.rotary;
     for (int i = lane; i < half; i += kWarp) {
@@ -267,11 +322,14 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
-  if (head.kind == 0) {
-    for (int i = lane; i < n; i += kWarp) store1<kDtype>(a.q_out, head.output + i, x[i]);
+  if (kind == Kind::query) {
+    const int64_t to = (token * heads + head) * n;
+    for (int i = lane; i < n; i += kWarp) store1<kDtype>(a.q_out, to + i, x[i]);
     return;
   }
-  if (head.output < 0) return;
+  const int64_t position = a.start[b] + s;
+  if (position < 0 || position >= a.capacity) return;
+  const int64_t slot = (b * kv_heads + head) * a.capacity + position;
   Range range;
   for (int i = lane * kChunk; i < n; i += kWarp * kChunk) {
     const float v[kChunk] = {x[i],     x[i + 1], x[i + 2], x[i + 3],
@@ -279,15 +337,15 @@ __global__ void __launch_bounds__(kThreads)
     range = merge(range, range_of(v, false));
   }
   range = {warp_max(range.high), warp_max(range.low)};
-  const KvCache& cache = head.kind == 1 ? a.k_cache : a.v_cache;
-  const KvGrid grid = kv_grid(range, head.kind == 1 ? a.k_clip : a.v_clip, a.bits);
-  uint8_t* codes = cache.codes + head.output * (n * a.bits / 8);
+  const KvCache& cache = kind == Kind::key ? a.k_cache : a.v_cache;
+  const KvGrid grid = kv_grid(range, kind == Kind::key ? a.k_clip : a.v_clip, a.bits);
+  uint8_t* codes = cache.codes + slot * (n * a.bits / 8);
   for (int i = lane * kChunk; i < n; i += kWarp * kChunk) {
     const float v[kChunk] = {x[i],     x[i + 1], x[i + 2], x[i + 3],
                              x[i + 4], x[i + 5], x[i + 6], x[i + 7]};
     store_kv_codes(codes, i, a.bits, v, grid.grid);
   }
-  if (lane == 0) store_grid(cache, head.output, grid);
+  if (lane == 0) store_grid(cache, slot, grid);
 }
 
 // ---- Launchers ----------------------------------------------------------------------------------
@@ -303,11 +361,17 @@ bool is_aligned(const HeadVectors& x, int64_t element) {
 
 template <DType kDtype, int kLanes>
 void launch_heads(const KvAppendArgs& args, Stream stream) {
-  const int64_t tokens = args.batch * args.seq;
-  const int64_t rounds = ceil_div((args.heads + 2 * args.kv_heads) * kLanes, kThreads);
-  const int64_t wanted = ceil_div(int64_t{4} * device_limits().processors, tokens);
-  const int splits = static_cast<int>(wanted < rounds ? wanted : rounds);
-  launch(&head_kernel<kDtype, kLanes>, tokens * splits, kThreads, 0, stream, args, splits);
+  const int64_t tokens = args.batch * args.seq, heads = args.heads + 2 * args.kv_heads;
+  QUAROT_ASSERT(tokens < (int64_t{1} << 31), "rope_hadamard_kv_append: too many tokens");
+  const int64_t blocks = ceil_div(tokens, kThreads / kLanes);
+  // Enough blocks: a team works on kLeastHeads at least, since each loads the angles.
+  const int64_t wanted = ceil_div(int64_t{kBlocksWanted} * device_limits().processors, blocks);
+  const int64_t most = blocks > device_limits().processors ? heads / kLeastHeads : heads;
+  const int64_t each = ceil_div(heads, std::max(int64_t{1}, std::min(wanted, most)));
+  const int64_t splits = ceil_div(heads, each);
+  const HeadPlan plan{static_cast<int>(tokens), static_cast<int>(splits), static_cast<int>(each),
+                      FastDiv(static_cast<int>(args.seq))};
+  launch_early(&head_kernel<kDtype, kLanes>, blocks * splits, kThreads, 0, stream, args, plan);
 }
 
 template <DType kDtype>

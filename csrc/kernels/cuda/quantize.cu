@@ -23,14 +23,21 @@ bool aligned(const void* p, int bytes) {
   return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
 }
 
-/// Runs body(i) for this thread's elements i < count of a flat range; the grid covers it.
-template <class Body>
-__device__ __forceinline__ void flat(int64_t count, const Body& body) {
+/// Runs use(i, load(i)) for this thread's elements i < count of a flat range, all loads first; the
+/// grid covers it.
+template <class Load, class Use>
+__device__ __forceinline__ void flat(int64_t count, const Load& load, const Use& use) {
   const int64_t first = int64_t{blockIdx.x} * kFlatThreads * kFlatChunks + threadIdx.x;
+  decltype(load(0)) raw[kFlatChunks];
 #pragma unroll
   for (int c = 0; c < kFlatChunks; ++c) {
     const int64_t i = first + c * kFlatThreads;
-    if (i < count) body(i);
+    if (i < count) raw[c] = load(i);
+  }
+#pragma unroll
+  for (int c = 0; c < kFlatChunks; ++c) {
+    const int64_t i = first + c * kFlatThreads;
+    if (i < count) use(i, raw[c]);
   }
 }
 int64_t flat_blocks(int64_t count) { return ceil_div(count, int64_t{kFlatThreads} * kFlatChunks); }
@@ -38,26 +45,33 @@ int64_t flat_blocks(int64_t count) { return ceil_div(count, int64_t{kFlatThreads
 // ---- Dequantize ---------------------------------------------------------------------------------
 
 /// Eight elements a thread and chunk. group_chunks: chunks of a group.
-template <DType kDtype>
+template <DType kDtype, bool kPacked>
 __global__ void __launch_bounds__(kFlatThreads)
     dequantize_kernel(const DequantizeArgs args, int64_t chunks, const FastDiv group_chunks) {
-  flat(chunks, [&](int64_t i) {
-    uint2 bytes;
-    if (args.packed) {
-      const uint32_t nibbles = static_cast<const uint32_t*>(args.codes)[i];
-      bytes = {unpack_nibbles(nibbles), unpack_nibbles(nibbles >> 16)};
-    } else {
-      bytes = static_cast<const uint2*>(args.codes)[i];
-    }
+  struct Raw {
+    uint2 codes;  // one word if packed
+    float scale;
+    int zero;
+  };
+  const auto load = [&](int64_t i) {
     const int group = group_chunks(static_cast<int>(i));
-    const float scale = args.scale[group];
-    const int zero = args.zero == nullptr ? 0 : args.zero[group];
+    Raw raw{{}, args.scale[group], args.zero == nullptr ? 0 : args.zero[group]};
+    if constexpr (kPacked) {
+      raw.codes.x = static_cast<const uint32_t*>(args.codes)[i];
+    } else {
+      raw.codes = static_cast<const uint2*>(args.codes)[i];
+    }
+    return raw;
+  };
+  flat(chunks, load, [&](int64_t i, const Raw& raw) {
+    uint2 bytes = raw.codes;
+    if constexpr (kPacked) bytes = {unpack_nibbles(bytes.x), unpack_nibbles(bytes.x >> 16)};
     float v[kChunk];
 #pragma unroll
     for (int j = 0; j < kChunk; ++j) {
       const uint32_t word = j < 4 ? bytes.x : bytes.y;
       const int code = static_cast<int8_t>(word >> (8 * (j % 4)));
-      v[j] = __fmul_rn(static_cast<float>(code - zero), scale);
+      v[j] = __fmul_rn(static_cast<float>(code - raw.zero), raw.scale);
     }
     store_chunk<kDtype>(args.out, i * kChunk, v);
   });
@@ -67,14 +81,12 @@ __global__ void __launch_bounds__(kFlatThreads)
 template <DType kDtype>
 __global__ void __launch_bounds__(kFlatThreads)
     dequantize_any_kernel(const DequantizeArgs args, int64_t count) {
-  flat(count, [&](int64_t i) {
-    int code;
-    if (args.packed) {
-      const int byte = static_cast<const uint8_t*>(args.codes)[i / 2];
-      code = ((byte >> (i % 2 * 4) & 15) ^ 8) - 8;
-    } else {
-      code = static_cast<const int8_t*>(args.codes)[i];
-    }
+  const auto load = [&](int64_t i) -> int {
+    if (!args.packed) return static_cast<const int8_t*>(args.codes)[i];
+    const int byte = static_cast<const uint8_t*>(args.codes)[i / 2];
+    return ((byte >> (i % 2 * 4) & 15) ^ 8) - 8;
+  };
+  flat(count, load, [&](int64_t i, int code) {
     const int64_t group = i / args.group;
     const int zero = args.zero == nullptr ? 0 : args.zero[group];
     store1<kDtype>(args.out, i, __fmul_rn(static_cast<float>(code - zero), args.scale[group]));
@@ -87,7 +99,8 @@ void dequantize_to(const DequantizeArgs& args, Stream stream) {
   const int64_t chunks = count / kChunk;
   const bool whole = args.group % kChunk == 0 && aligned(args.out, 16) && aligned(args.codes, 8);
   if (whole && chunks < (int64_t{1} << 31)) {
-    launch(&dequantize_kernel<kDtype>, flat_blocks(chunks), kFlatThreads, 0, stream, args, chunks,
+    launch(args.packed ? &dequantize_kernel<kDtype, true> : &dequantize_kernel<kDtype, false>,
+           flat_blocks(chunks), kFlatThreads, 0, stream, args, chunks,
            FastDiv(static_cast<int>(args.group / kChunk)));
   } else {
     launch(&dequantize_any_kernel<kDtype>, flat_blocks(count), kFlatThreads, 0, stream, args,
@@ -113,16 +126,19 @@ __device__ __forceinline__ void pack_byte(const PackArgs& args, int64_t byte) {
 /// threads.
 template <bool kPack>
 __global__ void __launch_bounds__(kFlatThreads) pack_kernel(const PackArgs args, int64_t chunks) {
-  flat(chunks, [&](int64_t i) {
-    auto* codes = reinterpret_cast<uint2*>(args.codes);
-    auto* packed = reinterpret_cast<uint32_t*>(args.packed);
-    if constexpr (kPack) {
-      packed[i] = pack_nibbles(codes[i]);
-    } else {
-      const uint32_t nibbles = packed[i];
-      codes[i] = {unpack_nibbles(nibbles), unpack_nibbles(nibbles >> 16)};
-    }
-  });
+  auto* codes = reinterpret_cast<uint2*>(args.codes);
+  auto* packed = reinterpret_cast<uint32_t*>(args.packed);
+  if constexpr (kPack) {
+    flat(
+        chunks, [&](int64_t i) { return codes[i]; },
+        [&](int64_t i, const uint2& bytes) { packed[i] = pack_nibbles(bytes); });
+  } else {
+    flat(
+        chunks, [&](int64_t i) { return packed[i]; },
+        [&](int64_t i, uint32_t nibbles) {
+          codes[i] = {unpack_nibbles(nibbles), unpack_nibbles(nibbles >> 16)};
+        });
+  }
   const int64_t byte = chunks * (kChunk / 2) + threadIdx.x;
   if (blockIdx.x == 0 && byte < args.count / 2) {
     pack_byte<kPack>(args, byte);
@@ -132,7 +148,9 @@ __global__ void __launch_bounds__(kFlatThreads) pack_kernel(const PackArgs args,
 /// Odd addresses: one byte of two codes a thread.
 template <bool kPack>
 __global__ void __launch_bounds__(kFlatThreads) pack_any_kernel(const PackArgs args) {
-  flat(args.count / 2, [&](int64_t byte) { pack_byte<kPack>(args, byte); });
+  flat(
+      args.count / 2, [](int64_t) { return 0; },
+      [&](int64_t byte, int) { pack_byte<kPack>(args, byte); });
 }
 
 template <bool kPack>
@@ -153,7 +171,7 @@ template <DType kDtype>
 void quantize_of(const QuantizeArgs& args, Stream stream) {
   const Rows& x = args.x;
   const RowSource<kDtype> source{x.data, x.row_stride};
-  if (chunks_are_aligned(x) && x.n > 0 && groups_are_whole(args.out)) {
+  if (chunks_are_aligned(x) && rows_fit(x.n, args.out)) {
     launch_rows(source, x.rows, x.n, args.out, stream);
   } else {
     launch_any(kNoTransform, x.rows, x.n, 1, source, AnyQuantize{args.out}, stream, "quantize");

@@ -107,13 +107,15 @@ struct AnyQuantize {
         range = merge(range, range_of(v, symmetric));
       }
       range = {warp_max(range.high), warp_max(range.low)};
+      const int half = 1 << (out.bits - 1);
       const Grid grid = make_grid(range, 1.0f, out.clip, out.bits, symmetric);
       if (lane == 0) {
         out.scale[row * groups + g] = grid.scale;
         if (!symmetric) out.zero[row * groups + g] = grid.shift;
       }
       for (int i = lane; i < group; i += kWarp) {
-        codes[g * group + i] = static_cast<int8_t>(code_bits(x[g * group + i], grid));
+        codes[g * group + i] =
+            static_cast<int8_t>(code_of<Rounding::any>(x[g * group + i], grid, half) - half);
       }
     }
     __syncthreads();

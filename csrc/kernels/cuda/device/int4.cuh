@@ -19,6 +19,7 @@ constexpr int kInfinityBits = 0x7f800000;
 constexpr float kScaleFloor = 0x1p-126f;
 /// v + kRound has rint(v) in its low bits, ties to even, for |v| < 2^22.
 constexpr float kRound = 0x1.8p23f;
+constexpr int kRoundBits = 0x4b400000;
 
 /// The range of some values, as bits of floats >= 0: symmetric, high = max |x|; else high = max(x,
 /// 0), low = -min(x, 0). NaN where a value is NaN.
@@ -41,47 +42,105 @@ __device__ __forceinline__ Range range_of(const float (&v)[kChunk], bool symmetr
   // + 0: -0 would be the smallest integer. |.| of NaN: its sign is not defined.
   return {__float_as_int(high) & 0x7fffffff, __float_as_int(low) & 0x7fffffff};
 }
+/// The range of 16-bit values, collected two at a time.
+template <DType kDtype>
+struct PairRange {
+  uint32_t high = 0, low = 0;  // the largest and the smallest ones, with 0
+
+  __device__ __forceinline__ void add(uint32_t pair) {
+    if constexpr (kDtype == DType::f16) {
+      high = max_nan_f16x2(high, pair);
+      low = min_nan_f16x2(low, pair);
+    } else {
+      high = max_nan_bf16x2(high, pair);
+      low = min_nan_bf16x2(low, pair);
+    }
+  }
+  __device__ __forceinline__ void add(const uint4& pairs) {
+    add(pairs.x);
+    add(pairs.y);
+    add(pairs.z);
+    add(pairs.w);
+  }
+  __device__ __forceinline__ Range range(bool symmetric) const {
+    const auto larger = [](uint32_t pair) {  // of two magnitudes
+      const uint32_t sizes = pair & 0x7fff7fffu;
+      if constexpr (kDtype == DType::f16) {
+        return max(__float_as_int(f16_to_float(static_cast<uint16_t>(sizes))),
+                   __float_as_int(f16_to_float(static_cast<uint16_t>(sizes >> 16))));
+      } else {
+        return static_cast<int>(max(sizes << 16, sizes & 0xffff0000u));
+      }
+    };
+    const Range r{larger(high), larger(low)};
+    return symmetric ? Range{max(r.high, r.low), 0} : r;
+  }
+};
 __device__ __forceinline__ Range merge(const Range& a, const Range& b) {
   return {max(a.high, b.high), max(a.low, b.low)};
 }
 
-/// How values become codes: clamp(rint(x * inv), low, high) + shift.
+/// How values become codes: clamp(rint(x * inv) + shift + half, 0, top) - half, half = 2^(bits -
+/// 1).
 struct Grid {
-  float scale, inv, low, high;
+  float scale, inv;
   int shift;  // also the stored zero point
+  int top;    // 2^bits - 1; half if a value was not finite: 0, inf and NaN times 0 then give 0
 };
+
+/// x / steps for steps = 7, 15, 127 or 255 and x >= 0, rounded to nearest (tried: all x of two
+/// binades, and all up to a quotient of 2^-126, below which it need only be below): a division
+/// without the general one's special cases.
+__device__ __forceinline__ float divide_by_steps(float x, float steps) {
+  const float inverse = steps == 7.0f     ? 1.0f / 7.0f
+                        : steps == 15.0f  ? 1.0f / 15.0f
+                        : steps == 127.0f ? 1.0f / 127.0f
+                                          : 1.0f / 255.0f;
+  const float q = __fmul_rn(x, inverse);
+  const float rest = __fmaf_rn(-steps, q, x);
+  return q < __int_as_float(kInfinityBits) ? __fmaf_rn(rest, inverse, q) : q;
+}
 
 /// The grid of values whose range, before they are multiplied by factor >= 0, is given.
 __device__ __forceinline__ Grid make_grid(const Range& range, float factor, float clip, int bits,
                                           bool symmetric) {
+  const int half = 1 << (bits - 1);
   const float top = __fmul_rn(__int_as_float(range.high), factor);
   const float bottom = __fmul_rn(__int_as_float(range.low), factor);
   if (!(top < __int_as_float(kInfinityBits) && bottom < __int_as_float(kInfinityBits))) {
-    return {__int_as_float(0x7fc00000), 0.0f, 0.0f, 0.0f, 0};
+    return {__int_as_float(0x7fc00000), 0.0f, 0, half};
   }
-  const int half = 1 << (bits - 1);
   const float hi = __fmul_rn(clip, top), lo = -__fmul_rn(clip, bottom);
-  const float steps = static_cast<float>(symmetric ? half - 1 : 2 * half - 1);
-  const float ratio = __fdiv_rn(symmetric ? hi : __fsub_rn(hi, lo), steps);
+  const float steps = symmetric ? (bits == 4 ? 7.0f : 127.0f) : (bits == 4 ? 15.0f : 255.0f);
+  const float ratio = divide_by_steps(symmetric ? hi : __fsub_rn(hi, lo), steps);
   const float scale = ratio < kScaleFloor ? 1.0f : ratio;
-  const float inv = __fdiv_rn(1.0f, scale);
-  if (symmetric) return {scale, inv, static_cast<float>(-half), static_cast<float>(half - 1), 0};
-  const float zero = rintf(__fmul_rn(-lo, inv));
-  // clamp(rint(v) + zero, 0, steps) = clamp(rint(v), -zero, steps - zero) + zero: the bounds are
-  // integers.
-  return {scale, inv, -zero, steps - zero, static_cast<int>(zero) - half};
+  const float inv = __frcp_rn(scale);
+  const int zero = symmetric ? half : __float2int_rn(__fmul_rn(-lo, inv));
+  return {scale, inv, zero - half, 2 * half - 1};
 }
 
-/// The code in the low byte; what is above it is not defined. NaN gives the code of grid.low.
-__device__ __forceinline__ uint32_t code_bits(float x, const Grid& grid) {
-  const float v = fminf(fmaxf(__fmul_rn(x, grid.inv), grid.low), grid.high);
-  return static_cast<uint32_t>(__float_as_int(__fadd_rn(v, kRound)) + grid.shift);
+/// exact: as kernels/quantize.h says, for |x * inv| < 2^22, that is, a range that was clipped to no
+/// less than kLeastClip. fused: the same, but x * inv is not rounded before it is rounded to a
+/// code, an instruction less, for values that are not exact anyway. any: exact for all x.
+enum class Rounding { exact, fused, any };
+constexpr float kLeastClip = 0x1p-12f;
+
+/// clamp(rint(x * inv) + shift + half, 0, top), NaN as infinity.
+template <Rounding kRounding>
+__device__ __forceinline__ int code_of(float x, const Grid& grid, int half) {
+  float v;
+  if constexpr (kRounding == Rounding::fused) {
+    v = __fmaf_rn(x, grid.inv, kRound);
+  } else {
+    v = __fmul_rn(x, grid.inv);
+    if constexpr (kRounding == Rounding::any) {
+      v = max_nan(v, -0x1p21f);  // what is above comes out right
+    }
+    v = __fadd_rn(v, kRound);
+  }
+  return __viaddmin_s32_relu(__float_as_int(v), grid.shift + half - kRoundBits, grid.top);
 }
 
-/// Four low bytes as a word.
-__device__ __forceinline__ uint32_t pack_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
-}
 /// Eight codes, a byte each -> eight nibbles, the even index low.
 __device__ __forceinline__ uint32_t pack_nibbles(const uint2& codes) {
   const uint32_t a = (codes.x & 0x000f000fu) | ((codes.x >> 4) & 0x00f000f0u);
@@ -96,18 +155,39 @@ __device__ __forceinline__ uint32_t unpack_nibbles(uint32_t nibbles) {
   return bytes | ((bytes & 0x08080808u) * 0x1eu);  // sign: 8 * 0x1e = 0xf0
 }
 
-/// Writes the codes of elements [i, i + 8) of all rows; i a multiple of 8.
+/// The codes of 32 / kBits values without a sign, that is, plus half, the first in the lowest bits.
+template <int kBits, Rounding kRounding>
+__device__ __forceinline__ uint32_t code_word(const float* v, const Grid& grid, int half) {
+  uint32_t word = 0;
+#pragma unroll
+  for (int i = 0; i < 32 / kBits; ++i) {
+    word += static_cast<uint32_t>(code_of<kRounding>(v[i], grid, half)) << (kBits * i);
+  }
+  return word;
+}
+
+/// Writes the codes of chunk `chunk`, 8 elements, of all rows; the range was clipped to no less
+/// than kLeastClip.
+template <Rounding kRounding>
+__device__ __forceinline__ void store_chunk_codes(const QuantizedRows& out, int64_t chunk,
+                                                  const float (&v)[kChunk], const Grid& grid) {
+  // u - half in two's complement: the highest bit of u flipped, where u fills its place.
+  const int half = 1 << (out.bits - 1);
+  if (out.packed) {
+    __stcs(static_cast<uint32_t*>(out.codes) + chunk,
+           code_word<4, kRounding>(v, grid, half) ^ 0x88888888u);
+  } else {
+    const uint32_t fill = static_cast<uint32_t>(128 - half) * 0x01010101u;
+    __stcs(static_cast<uint2*>(out.codes) + chunk,
+           uint2{(code_word<8, kRounding>(v, grid, half) + fill) ^ 0x80808080u,
+                 (code_word<8, kRounding>(v + 4, grid, half) + fill) ^ 0x80808080u});
+  }
+}
+/// The same, of elements [i, i + 8) of all rows.
+template <Rounding kRounding>
 __device__ __forceinline__ void store_codes(const QuantizedRows& out, int64_t i,
                                             const float (&v)[kChunk], const Grid& grid) {
-  uint32_t c[kChunk];
-#pragma unroll
-  for (int e = 0; e < kChunk; ++e) c[e] = code_bits(v[e], grid);
-  const uint2 bytes{pack_bytes(c[0], c[1], c[2], c[3]), pack_bytes(c[4], c[5], c[6], c[7])};
-  if (out.packed) {
-    static_cast<uint32_t*>(out.codes)[i / kChunk] = pack_nibbles(bytes);
-  } else {
-    static_cast<uint2*>(out.codes)[i / kChunk] = bytes;
-  }
+  store_chunk_codes<kRounding>(out, i / kChunk, v, grid);
 }
 
 }  // namespace quarot::cuda

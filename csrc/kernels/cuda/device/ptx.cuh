@@ -81,6 +81,49 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   return r;
 }
 
+/// The same for each half of a pair, and the smaller one; NaN is 0x7fff.
+__device__ __forceinline__ uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+__device__ __forceinline__ uint32_t max_nan_f16x2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+__device__ __forceinline__ uint32_t min_nan_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+__device__ __forceinline__ uint32_t min_nan_f16x2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+/// Nothing, but the compiler no longer knows what x is computed from.
+__device__ __forceinline__ void forget_origin(uint32_t& x) { asm volatile("" : "+r"(x)); }
+template <class T>
+__device__ __forceinline__ void forget_origin(T*& x) {
+  asm volatile("" : "+l"(x));
+}
+
+// ---- Programmatic dependent launch (launch.cuh); nothing before sm_90 ---------------------------
+
+/// Waits until the kernels before this one in its stream are done and their writes visible.
+__device__ __forceinline__ void wait_for_previous_grid() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+/// Lets the next kernel's blocks be launched once all blocks of this one have come here.
+__device__ __forceinline__ void start_next_grid() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // ---- Global memory: data that is read or written once -------------------------------------------
 
 __device__ __forceinline__ uint4 load_once(const uint4* p) {

@@ -144,8 +144,8 @@ struct QuantizeSink {
       for (int i = 0; i < kThreadChunks; ++i) {
         const int e = t.index(i);
         if (e < 0 || e >= end) continue;
-        store_codes(quantizer.out, first + int64_t{e} * kChunk, t.v[i],
-                    slots[quantizer.group_chunks(e)].grid);
+        store_codes<Rounding::fused>(quantizer.out, first + int64_t{e} * kChunk, t.v[i],
+                                     slots[quantizer.group_chunks(e)].grid);
       }
     }
   }
