@@ -28,6 +28,52 @@ __device__ __forceinline__ void cp_async_wait_all() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+/// cp_async_16, or zeros where `valid` is false (nothing is read then).
+__device__ __forceinline__ void cp_async_16_or_zero(uint32_t shared, const void* global,
+                                                    bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+/// shared[0, kBytes) <- global[0, kBytes), 8 or 16, through the L1: data that several warps of an
+/// SM read.
+template <int kBytes>
+__device__ __forceinline__ void cp_async_l1(uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(global), "n"(kBytes)
+               : "memory");
+}
+/// Ends a group of this thread's asynchronous copies.
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+/// Waits for all but this thread's `kPending` newest groups.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_shared_half(uint32_t shared) {
+  uint16_t r;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(r) : "r"(shared) : "memory");
+  return r;
+}
+__device__ __forceinline__ uint4 load_shared(uint32_t shared) {
+  uint4 r;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+               : "r"(shared)
+               : "memory");
+  return r;
+}
+
+/// Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
+/// Lane l gets in r[m] the elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of matrix m.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared)
+               : "memory");
+}
 /// Four transposed 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix
 /// i / 8. Lane l gets in r[m] the elements (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4) of matrix
 /// m.
@@ -53,6 +99,33 @@ __device__ __forceinline__ void mma_f16(float (&d)[4], const uint4& a, uint32_t 
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+// ---- Tensor cores: d[16, 8] += a[16, 32] * b[32, 8], int8, int32 sums ---------------------------
+
+/// With g = lane / 4, t = lane % 4: a.x is row g, columns 4 t ... 4 t + 3; a.y row g + 8; a.z and
+/// a.w the same rows, columns 16 more; b0 and b1 column g, the same rows of b; d as in mma.cuh.
+__device__ __forceinline__ void mma_s8(int (&d)[4], const uint4& a, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+/// The same of int4, d[16, 8] += a[16, 64] * b[64, 8]: words of 8 columns, 8 t ... 8 t + 7 and 32
+/// more. Emulated from sm_90 on.
+__device__ __forceinline__ void mma_s4(int (&d)[4], const uint4& a, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+// ---- Barriers -----------------------------------------------------------------------------------
+
+/// A barrier of its own number (1-15) for `threads` threads of the block.
+__device__ __forceinline__ void barrier_sync(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
 // ---- Numbers ------------------------------------------------------------------------------------
