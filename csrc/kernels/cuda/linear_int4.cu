@@ -81,17 +81,21 @@ constexpr Choice kPerChannel[] = {
     choice<MmaConfig<4, 1, 1, 4, 1, 4, 4>>(8, kAny),
     choice<MmaConfig<2, 2, 1, 8, 1, 4, 3>>(16, 4096),
     choice<MmaConfig<4, 2, 1, 8, 1, 4, 2>>(16, 8192),
+    choice<MmaConfig<3, 2, 2, 4, 1, 4, 2>>(16, 24576),
     choice<MmaConfig<4, 2, 2, 4, 1, 4, 2>>(16, kAny),
     choice<MmaConfig<4, 4, 2, 4, 1, 4, 2>>(32, kAny),
     choice<MmaConfig<4, 8, 4, 1, 1, 4, 2>>(kAny, kAny),
 };
-// Groups of whole tiles; several warps along the columns, if shared memory holds all groups.
+// Groups of whole tiles, several warps along the columns: if shared memory holds all groups.
 constexpr Choice kGroupedTiles[] = {
-    choice<MmaConfig<1, 2, 1, 8, 1, 4, 3>, true>(16, 8192),
-    choice<MmaConfig<1, 1, 1, 8, 1, 4, 4>, true>(16, 8192),
+    choice<MmaConfig<2, 1, 1, 8, 1, 4, 3>, true>(8, 16384),
+    choice<MmaConfig<2, 2, 1, 8, 1, 4, 2>, true>(16, 16384),
+    choice<MmaConfig<2, 1, 1, 8, 1, 4, 3>, true>(16, 4096),
+    choice<MmaConfig<1, 1, 1, 16, 1, 4, 2>, true>(16, 8192),
 };
 constexpr Choice kGrouped[] = {
     choice<MmaConfig<1, 1, 4, 1, 4, 4, 4>, true>(8, kAny),
+    choice<MmaConfig<1, 2, 4, 1, 4, 4, 4>, true>(16, 16384),
     choice<MmaConfig<2, 2, 4, 1, 2, 4, 3>, true>(16, kAny),
     choice<MmaConfig<2, 8, 4, 1, 1, 4, 2>, true>(kAny, kAny),
 };

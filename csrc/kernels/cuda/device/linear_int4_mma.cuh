@@ -163,8 +163,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   float* sums =
       reinterpret_cast<float*>(dynamic_shared() + (kTerms ? C::kWarpsK * C::kRingBytes : 0));
   /// of(i, j, e) of each lane's share of the block's output to sums[part].
+  const int rows = kTerms ? static_cast<int>(min(a.m, int64_t{C::kTokens})) : C::kTokens;
+  const int part_words = rows * C::kOutStride;
   const auto store_sums = [&](int part, const auto& of) {
-    float* own = sums + part * C::kOutWords;
+    float* own = sums + part * part_words;
 #pragma unroll
     for (int i = 0; i < C::kRowTiles; ++i) {
 #pragma unroll
@@ -173,7 +175,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
         for (int e = 0; e < 4; ++e) {
           const int token = j * kTileTokens + 2 * t + e % 2;
           const int channel = (wn * C::kRowTiles + i) * kTileRows + g + 8 * (e / 2);
-          own[token * C::kOutStride + channel] = of(i, j, e);
+          const float v = of(i, j, e);
+          if (!kTerms || token < rows) own[token * C::kOutStride + channel] = v;
         }
       }
     }
@@ -313,12 +316,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     if constexpr (kGrouped) {
 #pragma unroll 8
       for (int p = 0; p < (kTerms ? groups : 1); ++p) {
-        total = __fadd_rn(total, at[p * C::kOutWords]);
+        total = __fadd_rn(total, at[p * part_words]);
       }
     } else {
       int sum = 0;
 #pragma unroll
-      for (int p = 0; p < C::kWarpsK; ++p) sum += __float_as_int(at[p * C::kOutWords]);
+      for (int p = 0; p < C::kWarpsK; ++p) sum += __float_as_int(at[p * part_words]);
       sum >>= kShift;
       if (a.x_zero != nullptr) sum -= a.x_zero[token] * a.w_sum[channel];
       total = scaled(sum, a.x_scale[token], a.w_scale[channel]);
@@ -332,7 +335,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
 template <class C, bool kGrouped>
 int64_t mma_shared_bytes(const LinearInt4Args& args) {
   if (!kGrouped || C::kWarpsK == 1) return C::kSharedBytes;
-  return C::kWarpsK * C::kRingBytes + args.groups * 4 * C::kOutWords;
+  const int64_t rows = args.m < C::kTokens ? args.m : C::kTokens;
+  return C::kWarpsK * C::kRingBytes + args.groups * 4 * rows * C::kOutStride;
 }
 
 template <class C, bool kGrouped, bool kPacked>
