@@ -353,6 +353,20 @@ def test_refuses_mixed_devices(device, name):
 
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("m", [1, 9, 70])
+def test_packed_activations(device, m, groups):
+    """Where tensor cores multiply int4 (sm_80 to sm_89) the product is the same, else refused."""
+    x_q, *others = make(m, 40, 192, bits=4, groups=groups, asymmetric=True)
+    if torch.cuda.get_device_capability(device)[0] == 8:
+        actual = call(device, ops.pack_int4(x_q), *others)
+        assert torch.equal(actual.cpu(), in_int64(x_q, *others))
+    else:
+        with pytest.raises(RuntimeError, match=r"x_q: packed codes.*uint8"):
+            call(device, ops.pack_int4(x_q), *others)
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_limits_of_the_cuda_layout(device):
     with pytest.raises(RuntimeError, match=r"w_packed.*131040.*131072"):
         ops.prepack_int4(torch.zeros(1, 65536, dtype=torch.uint8, device=device))
