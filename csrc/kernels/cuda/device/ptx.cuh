@@ -244,15 +244,14 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
 }
 
-// d[64, n] = (add ? d : 0) + a[64, 32] * b[32, n], int8 with int32 sums, n twice the length of d.
-// Warp w of the warpgroup has rows 16 w to 16 w + 15 of a and d, in the fragments of mma.m16n8k32.
-// b is the descriptor of n rows of 32 bytes in shared memory.
-
+/// d[64, 128] = (add ? d : 0) + a[64, 32] * b[32, 128], int8 with int32 sums. Warp w of the
+/// warpgroup has rows 16 w to 16 w + 15 of a and d, in the fragments of mma.m16n8k32; b is the
+/// descriptor of 128 rows of 32 bytes in shared memory.
 #define QUAROT_INOUT_4(d, i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
 #define QUAROT_INOUT_16(d, i)                                               \
   QUAROT_INOUT_4(d, i), QUAROT_INOUT_4(d, i + 4), QUAROT_INOUT_4(d, i + 8), \
       QUAROT_INOUT_4(d, i + 12)
-// clang-format off: one line of the list of registers a 16 of them
+// clang-format off: 16 registers a line
 __device__ __forceinline__ void wgmma_s8(int (&d)[64], const uint32_t (&a)[4], uint64_t b, bool add) {
   asm volatile(
       "{.reg .pred p; setp.ne.b32 p, %69, 0; "
