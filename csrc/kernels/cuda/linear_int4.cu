@@ -1,5 +1,5 @@
 // linear_int4 on CUDA: which kernel runs, and the weight layout. Maths and layout:
-// kernels/linear_int4.h; the kernel: device/linear_int4_mma.cuh.
+// kernels/linear_int4.h; the kernels: device/linear_int4_mma.cuh and sm90/linear_int4_prefill.cu.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -7,6 +7,7 @@
 #include "kernels/cuda/device/launch.cuh"
 #include "kernels/cuda/device/linear_int4.cuh"
 #include "kernels/cuda/device/linear_int4_mma.cuh"
+#include "kernels/cuda/sm90/linear_int4_prefill.h"
 #include "kernels/linear_int4.h"
 
 namespace quarot::cuda {
@@ -72,6 +73,12 @@ constexpr Choice choice(int64_t tokens, int64_t channels) {
 }
 constexpr int64_t kAny = int64_t{1} << 62;
 
+/// Whether sm_90a's kernel for many tokens is the faster one: its tiles have 128 tokens, but it
+/// splits the columns where there are few channels.
+bool is_prefill(const LinearInt4Args& args) {
+  return args.m > 32 || (args.m > 16 && args.n <= 8192);
+}
+
 // Measured on an H200 (benchmarks/bench_linear_int4.py). Few channels: small blocks, so that all
 // processors have some.
 constexpr Choice kPerChannel[] = {
@@ -81,6 +88,8 @@ constexpr Choice kPerChannel[] = {
     choice<MmaConfig<4, 1, 1, 4, 1, 4, 4>>(8, kAny),
     choice<MmaConfig<2, 2, 1, 8, 1, 4, 3>>(16, 4096),
     choice<MmaConfig<4, 2, 1, 8, 1, 4, 2>>(16, 8192),
+    choice<MmaConfig<3, 2, 2, 4, 1, 4, 2>>(16, 12288),
+    choice<MmaConfig<4, 2, 2, 4, 1, 4, 2>>(16, 20480),
     choice<MmaConfig<3, 2, 2, 4, 1, 4, 2>>(16, 24576),
     choice<MmaConfig<4, 2, 2, 4, 1, 4, 2>>(16, kAny),
     choice<MmaConfig<4, 4, 2, 4, 1, 4, 2>>(32, kAny),
@@ -167,6 +176,9 @@ void linear_int4(const LinearInt4Args& args, Stream stream) {
                 "linear_int4: with packed x, groups must be multiples of 64 columns");
   QUAROT_ASSERT(args.x_zero == nullptr || args.w_sum != nullptr, "linear_int4: x_zero needs w_sum");
   if (args.m == 0) return;
+  if (is_prefill(args) && !args.x_packed && capability() == 9 && linear_int4_prefill_fits(args)) {
+    return linear_int4_prefill(args, stream);
+  }
   QUAROT_ASSERT(run(args, stream), "linear_int4: no kernel fits this device's shared memory");
 }
 
