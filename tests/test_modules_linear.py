@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import NO_CUDA
 from quarot.modules.canonical import CanonicalLinear
 from quarot.modules.linear import QuantizedLinear, backend_ops
 from quarot.ops import reference
@@ -143,6 +144,21 @@ def test_moving_packs_again(monkeypatch: pytest.MonkeyPatch) -> None:
     linear.to("meta")
     assert calls == [("unprepack_int4", "cpu"), ("prepack_int4", "meta")]
     assert all(buffer.is_meta for buffer in linear.buffers())
+
+
+@pytest.mark.parametrize("options", [{}, {"group": 32}])
+def test_moves_to_a_gpu_and_back(options: dict) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip(f"{NO_CUDA}: no device")
+    linear, _, _, _, _ = fused(zero_points=True, **options)
+    codes, scale, zero = reference.quantize(torch.randn(3, K), 8, symmetric=False)
+    expected = linear(codes, scale, zero, out_dtype=torch.float32)
+    weight = linear.weight
+    linear.to("cuda")
+    got = linear(codes.cuda(), scale.cuda(), zero.cuda(), out_dtype=torch.float32)
+    assert torch.equal(got.cpu(), expected)
+    linear.to("cpu")
+    assert torch.equal(linear.weight, weight)
 
 
 def test_copies_compute_the_same() -> None:

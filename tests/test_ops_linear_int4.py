@@ -1,11 +1,13 @@
 """ops.linear_int4 and its weight layout: exact integer sums, one float32 epilogue, any shape."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import poisoned
+from helpers import NO_CUDA, poisoned
 from quarot import ops
 from quarot.ops import reference
 
@@ -89,6 +91,8 @@ def test_bias_and_residual(device, addend_dtype, out_dtype):
     seed=st.integers(0, 100),
 )
 def test_shapes(device, m, n, k, groups, asymmetric, seed):
+    if device.type == "cuda":  # whole steps of 32 columns a group
+        groups = math.gcd(groups, k // 32)
     arguments = make(m, n, k, groups=groups, asymmetric=asymmetric, seed=seed)
     assert torch.equal(call(device, *arguments).cpu(), in_int64(*arguments))
 
@@ -99,6 +103,23 @@ def test_shapes(device, m, n, k, groups, asymmetric, seed):
 def test_sizes(device, m, n, k):
     arguments = make(m, n, k)
     assert torch.equal(call(device, *arguments).cpu(), in_int64(*arguments))
+
+
+@pytest.mark.parametrize("group", [0, 32, 64, 96, 128])
+@pytest.mark.parametrize("m", [1, 3, 8, 9, 16, 17, 32, 33, 64, 65, 129, 300])
+@pytest.mark.parametrize(("n", "k"), [(77, 4224), (600, 384), (16, 96)])
+def test_every_kernel(m, n, k, group):
+    """Each way that a CUDA kernel may be built or picked for; one way on the CPU."""
+    if not torch.cuda.is_available():
+        pytest.skip(f"{NO_CUDA}: no device")
+    if group and k % group:
+        group = 32
+    arguments = make(m, n, k, groups=k // group if group else 1, asymmetric=m % 2 == 1, seed=m)
+    bias, residual = torch.randn(n).bfloat16(), torch.randn(m, n).half()
+    expected = in_int64(*arguments, bias, residual)
+    for dtype in DTYPES:
+        actual = call(torch.device("cuda"), *arguments, bias, residual, out_dtype=dtype)
+        assert torch.equal(actual.cpu(), expected.to(dtype))
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0, 3)])
@@ -116,9 +137,10 @@ def test_leading_dimensions(device, shape):
 @pytest.mark.parametrize("x", [-128, 127])
 @pytest.mark.parametrize("w", [-8, 7])
 @pytest.mark.parametrize("zero", [None, -128, 127])
-def test_largest_sums_are_exact(device, x, w, zero):
+@pytest.mark.parametrize("m", [2, 70])
+def test_largest_sums_are_exact(device, m, x, w, zero):
     """k = 28672, all -8 * -128: beyond int16 and float32's 24 bits; zero points cancel."""
-    m, n, k = 2, 3, 28672
+    n, k = 3, 28672
     x_q = torch.full((m, k), x, dtype=torch.int8)
     codes = torch.full((n, k), w, dtype=torch.int8)
     codes[1, 5] += 1 if w < 0 else -1  # an odd sum, too
@@ -191,7 +213,7 @@ def test_prepack_is_lossless(device, n, k, seed):
     packed = torch.randint(0, 256, (n, k // 2), generator=generator, dtype=torch.uint8).to(device)
     prepacked = ops.prepack_int4(packed)
     assert prepacked.dtype == torch.uint8
-    assert prepacked.nbytes < packed.nbytes + 16 * k // 2
+    assert prepacked.nbytes < (n + 16) * -(-k // 64) * 32  # tiles of 16 x 64 at most
     assert torch.equal(ops.unprepack_int4(prepacked, n, k), packed)
     columns = packed.T.contiguous().T
     assert torch.equal(ops.prepack_int4(columns), prepacked)
@@ -203,6 +225,48 @@ def test_prepack_reads_and_writes_only_its_own(device):
     assert torch.equal(ops.unprepack_int4(prepacked, 19, 96), packed)
     check()
     check_prepacked()
+
+
+@pytest.mark.parametrize("offset", [1, 4])
+def test_any_alignment(device, offset):
+    arguments = make(5, 20, 64)
+
+    def moved(t):
+        buffer = torch.empty(t.numel() + offset, dtype=t.dtype, device=device)
+        return buffer[offset:].view(t.shape).copy_(t)
+
+    x_q, x_scale, _, w, w_scale, _ = (None if t is None else moved(t) for t in arguments)
+    packed = moved(ops.pack_int4(w))
+    prepacked = moved(ops.prepack_int4(packed))
+    assert torch.equal(ops.unprepack_int4(prepacked, 20, 64), packed)
+    bias, residual = moved(torch.randn(20)), moved(torch.randn(5, 20))
+    actual = ops.linear_int4(
+        x_q, x_scale, None, prepacked, w_scale, None, bias, residual, out_dtype=torch.float32
+    )
+    assert torch.equal(actual.cpu(), in_int64(*arguments, bias.cpu(), residual.cpu()))
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("m", [1, 40, 130])
+def test_is_captured_on_the_callers_stream(device, m):
+    """A graph replays with new contents; the same inputs give the same bits."""
+    first, second = (make(m, 48, 4096, seed=seed) for seed in (1, 2))
+    x_q, x_scale, _, w, w_scale, _ = (None if t is None else t.to(device) for t in first)
+    prepacked = ops.prepack_int4(ops.pack_int4(w))
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ops.linear_int4(x_q, x_scale, None, prepacked, w_scale, out_dtype=torch.float32)
+    stream.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        out = ops.linear_int4(x_q, x_scale, None, prepacked, w_scale, out_dtype=torch.float32)
+    for arguments in (first, second, second):
+        x_q.copy_(arguments[0])
+        x_scale.copy_(arguments[1])
+        prepacked.copy_(ops.prepack_int4(ops.pack_int4(arguments[3].to(device))))
+        w_scale.copy_(arguments[4])
+        graph.replay()
+        assert torch.equal(out.cpu(), in_int64(*arguments))
 
 
 X_Q, X_SCALE, X_ZERO, W, W_SCALE, W_SUM = make(2, 16, 64, asymmetric=True)
@@ -286,6 +350,29 @@ def test_refuses_mixed_devices(device, name):
     here["w"] = ops.prepack_int4(ops.pack_int4(W).to(device))  # that device's layout
     with pytest.raises(RuntimeError, match=rf"{name} must .*device"):
         ops.linear_int4(**(here | {name: GOOD[name]}))
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("m", [1, 9, 70])
+def test_packed_activations(device, m, groups):
+    """Where tensor cores multiply int4 (sm_80 to sm_89) the product is the same, else refused."""
+    x_q, *others = make(m, 40, 192, bits=4, groups=groups, asymmetric=True)
+    if torch.cuda.get_device_capability(device)[0] == 8:
+        actual = call(device, ops.pack_int4(x_q), *others)
+        assert torch.equal(actual.cpu(), in_int64(x_q, *others))
+    else:
+        with pytest.raises(RuntimeError, match=r"x_q: packed codes.*uint8"):
+            call(device, ops.pack_int4(x_q), *others)
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_limits_of_the_cuda_layout(device):
+    with pytest.raises(RuntimeError, match=r"w_packed.*131040.*131072"):
+        ops.prepack_int4(torch.zeros(1, 65536, dtype=torch.uint8, device=device))
+    x_q, x_scale, x_zero, w, w_scale, w_sum = make(2, 16, 96, groups=2)
+    with pytest.raises(RuntimeError, match="w_scale: 2 groups.*multiples of 32"):
+        call(device, x_q, x_scale, x_zero, w, w_scale, w_sum)
 
 
 @pytest.mark.parametrize("name", ["bias", "residual"])

@@ -27,16 +27,13 @@ struct LinearInt4Args {
   DType residual_dtype;
   int64_t m;
   int64_t n;
-  int64_t k;       // a multiple of kLinearInt4KMultiple, at most kLinearInt4KMax
-  int64_t groups;  // divides k; k / groups is a multiple of kLinearInt4GroupMultiple
+  int64_t k;       // a multiple of kLinearInt4KMultiple, at most the device's kLinearInt4KMax
+  int64_t groups;  // divides k; k / groups is a multiple of the device's kLinearInt4GroupMultiple
+  bool x_packed = false;  // x is uint8 [m, k / 2], packed codes; cuda::linear_int4_reads_packed
 };
 
 /// Columns come in whole SIMD steps on every device.
 inline constexpr int64_t kLinearInt4KMultiple = 32;
-/// |acc| <= k * 128 * 8 for the sum, and as much again for the zero point, stays below 2^31.
-inline constexpr int64_t kLinearInt4KMax = int64_t{1} << 19;
-/// A group covers whole steps of the weight layout (quantize offers 32, 64, 128, 256).
-inline constexpr int64_t kLinearInt4GroupMultiple = 8;
 
 namespace cpu {
 
@@ -55,6 +52,11 @@ inline constexpr int64_t kLinearInt4Channels = 16;  // output channels of a bloc
 inline constexpr int64_t kLinearInt4Columns = 8;    // input channels of a word
 inline constexpr int64_t kLinearInt4WordBytes = 4;
 
+/// |acc| <= k * 128 * 8 for the sum, and as much again for the zero point, stays below 2^31.
+inline constexpr int64_t kLinearInt4KMax = int64_t{1} << 19;
+/// A group covers whole words of the weight layout (quantize offers 32, 64, 128, 256).
+inline constexpr int64_t kLinearInt4GroupMultiple = 8;
+
 /// dst [ceil(n / 16), k / 8, 64] bytes  <-  src [n, k / 2], canonical (even column low). k % 8 = 0.
 void prepack_int4(uint8_t* dst, const uint8_t* src, int64_t n, int64_t k, const Executor& executor);
 
@@ -65,4 +67,40 @@ void unprepack_int4(uint8_t* dst, const uint8_t* src, int64_t n, int64_t k,
 void linear_int4(const LinearInt4Args& args, const Executor& executor);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// The weight layout of all CUDA kernels, [ceil(n / 16), ceil(k / 64), 32 lanes, 16] bytes: tiles of
+// 16 output channels x 64 input channels, 512 contiguous bytes. Of a tile, with g = lane / 4 and
+// t = lane % 4, a lane has four little-endian words, and byte b of word j holds the codes of
+//
+//     row g + 8 (j % 2), columns 16 (j / 2) + 4 t + b (low nibble) and 32 more (high nibble).
+//
+// So a lane's 16-byte load is its fragment of the tensor cores' int8 operand A (mma m16n8k32, wgmma
+// m64k32) for two steps of 32 columns: (word << 4) & 0xf0f0f0f0 and word & 0xf0f0f0f0 are 16 times
+// the codes as int8. Channels beyond n and columns beyond k are zeros.
+
+inline constexpr int64_t kLinearInt4Channels = 16;  // of a tile
+inline constexpr int64_t kLinearInt4Columns = 64;
+inline constexpr int64_t kLinearInt4TileBytes = 512;
+
+/// 16 |acc| <= 16 * k * 128 * 8 stays below 2^31.
+inline constexpr int64_t kLinearInt4KMax = (int64_t{1} << 17) - kLinearInt4KMultiple;
+/// A group covers whole steps of the tensor cores.
+inline constexpr int64_t kLinearInt4GroupMultiple = 32;
+
+/// dst [ceil(n / 16), ceil(k / 64), 512] bytes  <-  src [n, k / 2], canonical.
+void prepack_int4(uint8_t* dst, const uint8_t* src, int64_t n, int64_t k, Stream stream);
+
+/// The inverse: dst [n, k / 2]  <-  src [ceil(n / 16), ceil(k / 64), 512].
+void unprepack_int4(uint8_t* dst, const uint8_t* src, int64_t n, int64_t k, Stream stream);
+
+/// x and w must be 16-byte aligned. One launch; allocates nothing.
+void linear_int4(const LinearInt4Args& args, Stream stream);
+
+/// Whether the current device multiplies packed activations: int4 tensor cores, sm_80 to sm_89.
+/// With several groups these must be multiples of kLinearInt4Columns then.
+bool linear_int4_reads_packed();
+
+}  // namespace cuda
 }  // namespace quarot

@@ -116,7 +116,9 @@ class QuantizedLinear(nn.Module):
 
         Args:
             x: int8 codes [..., k] with x_scale float32 [...] and x_zero int32 [...] or None; or,
-                without a scale, a float tensor.
+                without a scale, a float tensor. Where either side has 16 bits there is no integer
+                product: the other one is dequantized to `out_dtype` for the call, and torch
+                multiplies (W4A16 saves memory, not time).
             residual: [..., n].
         """
         run = backend_ops(self.backend)

@@ -165,10 +165,12 @@ def _linear_int4(
 
 
 def _prepack_int4(w_packed: Tensor) -> Tensor:
-    if not has_kernel("prepack_int4", w_packed.device.type):
+    device = w_packed.device.type
+    if not has_kernel("prepack_int4", device):
         return w_packed.new_empty(w_packed.shape)
-    n, pairs = w_packed.shape
-    return w_packed.new_empty((-(-n // 16), pairs // 4, 64))  # csrc/kernels/linear_int4.h
+    n, pairs = w_packed.shape  # the layouts stand in csrc/kernels/linear_int4.h
+    columns = (-(-pairs // 32), 512) if device == "cuda" else (pairs // 4, 64)
+    return w_packed.new_empty((-(-n // 16), *columns))
 
 
 def _unprepack_int4(w: Tensor, n: int, k: int) -> Tensor:

@@ -53,6 +53,17 @@ __device__ __forceinline__ float load1(DType dtype, const void* data, int64_t i)
       return load1<DType::bf16>(data, i);
   }
 }
+/// store1 of a type known only at run time.
+__device__ __forceinline__ void store1(DType dtype, void* data, int64_t i, float v) {
+  switch (dtype) {
+    case DType::f32:
+      return store1<DType::f32>(data, i, v);
+    case DType::f16:
+      return store1<DType::f16>(data, i, v);
+    default:
+      return store1<DType::bf16>(data, i, v);
+  }
+}
 
 // ---- Chunks: data + i must be 16-byte aligned ---------------------------------------------------
 

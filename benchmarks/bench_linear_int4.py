@@ -1,0 +1,210 @@
+"""ops.linear_int4, from a decode step to a prompt, against torch's products of the same shape.
+
+Bound: few tokens, memory (the int4 weights are read once); many, the int8 tensor cores. The weights
+rotate through copies that exceed the last-level cache, as those of a model's layers do. On a GPU,
+calls are replayed from a CUDA graph, so that the host's time is not measured.
+
+    python -m pytest -s benchmarks/bench_linear_int4.py      (make bench runs all)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from common import DEVICES, Case, median_seconds
+from quarot import ops
+from quarot.ops import reference
+
+# Output and input channels of each linear of a decoder layer, q|k|v and gate|up fused.
+MODELS = {
+    "Llama-2-7B": [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)],
+    "Llama-2-13B": [(15360, 5120), (5120, 5120), (27648, 5120), (5120, 13824)],
+    "Llama-2-70B": [(10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)],
+    "Llama-3-8B": [(6144, 4096), (28672, 4096), (4096, 14336)],
+}
+SHAPES = {
+    "cuda": [(model, *shape) for model, shapes in MODELS.items() for shape in shapes],
+    "cpu": [("Llama-2-7B", 4096, 4096)],
+}
+TOKENS = {"cuda": [2**i for i in range(14)], "cpu": [1, 16, 256]}
+DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
+GROUPS = (64, 128)  # columns; compared with a scale a channel
+GROUPED_TOKENS = (1, 16, 64, 256, 2048)
+# torch's int4 kernel is made for few tokens; _int_mm refuses 16 and fewer.
+MOST_TOKENS_INT4PACK = 64
+LEAST_TOKENS_INT8 = 17
+
+COLD_BYTES = 256 << 20  # 4x a last-level cache and more
+REPLAYS = 3
+REPLAY_SECONDS = 5e-3  # of one replay, about
+MAX_CALLS = 64  # of one replay
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearCase(Case):
+    """A case with its rate of multiplications and additions."""
+
+    tops: float
+
+    def line(self) -> str:
+        """Return the case as one line of a table."""
+        return f"{self.tops:7.1f} TOPS | {super().line()}"
+
+
+@pytest.mark.parametrize(
+    ("device", "model", "n", "k"),
+    [(device, *shape) for device in DEVICES for shape in SHAPES[device]],
+)
+def test_linear_int4(
+    report: Callable[[str, Case], None], device: str, model: str, n: int, k: int
+) -> None:
+    generator = torch.Generator(device).manual_seed(0)
+    packed = torch.randint(
+        0, 256, (n, k // 2), dtype=torch.uint8, device=device, generator=generator
+    )
+    scales = {
+        group: torch.rand(n, k // group, device=device, generator=generator) / k
+        for group in (k, *GROUPS)
+    }
+    weights = _cold(ops.prepack_int4(packed))
+    peers = _peers(n, k, device, generator)
+    for m in TOKENS[device]:
+        x = torch.randint(-8, 8, (m, k), device=device, generator=generator).to(torch.int8)
+        x_scale = torch.rand(m, device=device, generator=generator)
+
+        def run(w: Tensor, group: int, x: Tensor = x, x_scale: Tensor = x_scale) -> Tensor:
+            return ops.linear_int4(x, x_scale, None, w, scales[group], out_dtype=DTYPE[device])
+
+        _verify(run(weights[0], k), x, x_scale, packed, scales[k])
+        seconds = _seconds([lambda w=w, f=run: f(w, k) for w in weights], device)
+        others = {name: peer(m) for name, peer in peers.items()}
+        if m in GROUPED_TOKENS:
+            for group in GROUPS:
+                others[f"ours, g{group}"] = [lambda w=w, f=run, g=group: f(w, g) for w in weights]
+        baselines = {
+            name: _seconds(calls, device) / seconds for name, calls in others.items() if calls
+        }
+        moved = packed.nbytes + scales[k].nbytes + x.nbytes + x_scale.nbytes
+        moved += m * n * DTYPE[device].itemsize
+        case = LinearCase(
+            name="linear_int4",
+            shape=f"{model} {m} x {n} x {k}",
+            us=seconds * 1e6,
+            gbps=moved / seconds / 1e9,
+            copy_share=_copy_seconds(moved, device) / seconds,
+            baselines=baselines,
+            tops=2e-12 * m * n * k / seconds,
+        )
+        report(device, case)
+
+
+def _verify(y: Tensor, x: Tensor, x_scale: Tensor, packed: Tensor, w_scale: Tensor) -> None:
+    """Compare some tokens and channels with the reference: bit by bit."""
+    tokens, channels = slice(None, None, -(-len(y) // 32)), slice(None, None, 101)
+    expected = reference.linear_int4(
+        x[tokens], x_scale[tokens], None, packed[channels], w_scale[channels], out_dtype=y.dtype
+    )
+    if not torch.equal(y[tokens, channels], expected):
+        raise AssertionError(f"{tuple(y.shape)}: differs from the reference")
+
+
+def _peers(
+    n: int, k: int, device: str, generator: torch.Generator
+) -> dict[str, Callable[[int], list[Callable[[], object]]]]:
+    """Return name -> (tokens -> calls, one a copy of the weights; none if it takes no such m)."""
+    dtype = DTYPE[device]
+    w = torch.randn(n, k, dtype=dtype, device=device, generator=generator)
+    w_float = _cold(w)
+
+    def activations(m: int) -> Tensor:
+        return torch.randn(m, k, dtype=dtype, device=device, generator=generator)
+
+    def in_float(m: int) -> list[Callable[[], object]]:
+        x = activations(m)
+        return [lambda w=w: functional.linear(x, w) for w in w_float]
+
+    if device == "cpu":
+        return {"fp32": in_float}
+    w_int8 = _cold((8 * w).clamp(-128, 127).to(torch.int8))
+    group = 128
+    int4 = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device, generator=generator)
+    w_int4 = _cold(torch.ops.aten._convert_weight_to_int4pack(int4, 8))
+    scale_and_zero = torch.randn(k // group, n, 2, dtype=dtype, device=device, generator=generator)
+
+    def in_int8(m: int) -> list[Callable[[], object]]:
+        if m < LEAST_TOKENS_INT8:
+            return []
+        x = (8 * activations(m)).clamp(-128, 127).to(torch.int8)
+        return [lambda w=w: torch._int_mm(x, w.T) for w in w_int8]
+
+    def in_int4(m: int) -> list[Callable[[], object]]:
+        if m > MOST_TOKENS_INT4PACK:
+            return []
+        x = activations(m)
+        mm = torch.ops.aten._weight_int4pack_mm
+        return [lambda w=w: mm(x, w, group, scale_and_zero) for w in w_int4]
+
+    peers = {"bf16": in_float, "int8": in_int8, "W4A16": in_int4}
+    if torch.cuda.get_device_capability() >= (8, 9):
+        w_fp8 = _cold(w.to(torch.float8_e4m3fn))
+        one = torch.ones((), device=device)
+
+        def in_fp8(m: int) -> list[Callable[[], object]]:
+            x = activations(m).to(torch.float8_e4m3fn)
+            options = {"out_dtype": dtype, "use_fast_accum": True}
+            return [lambda w=w: torch._scaled_mm(x, w.T, one, one, **options) for w in w_fp8]
+
+        peers["fp8"] = in_fp8
+    return peers
+
+
+def _cold(x: Tensor) -> list[Tensor]:
+    """Return copies of x that exceed the cache together."""
+    return [x, *(x.clone() for _ in range(max(1, COLD_BYTES // x.nbytes)))]
+
+
+def _copy_seconds(moved: int, device: str) -> float:
+    """Return the time of a copy that reads and writes `moved` bytes in all."""
+    buffers = _cold(torch.empty(moved // 2, dtype=torch.uint8, device=device).fill_(1))
+    pairs = zip(buffers, buffers[1:] + buffers[:1], strict=True)
+    return _seconds([lambda a=a, b=b: a.copy_(b) for a, b in pairs], device)
+
+
+def _seconds(calls: list[Callable[[], object]], device: str) -> float:
+    """Return the median time of a call; the calls take turns."""
+    if device == "cpu":
+        turns = itertools.cycle(calls)
+        return median_seconds(lambda: next(turns)(), device)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()
+        once = _elapsed(calls[0], stream)
+        count = max(len(calls), min(MAX_CALLS, int(REPLAY_SECONDS / once)))
+        if count * once > 4 * REPLAY_SECONDS:  # long calls are cold in any case
+            count = max(2, int(4 * REPLAY_SECONDS / once))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for i in range(count):
+                calls[i % len(calls)]()
+        graph.replay()
+        times = [_elapsed(graph.replay, stream) / count for _ in range(REPLAYS)]
+    torch.cuda.current_stream().wait_stream(stream)
+    return statistics.median(times)
+
+
+def _elapsed(run: Callable[[], object], stream: torch.cuda.Stream) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record(stream)
+    run()
+    end.record(stream)
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3

@@ -1,0 +1,186 @@
+// linear_int4 for many tokens on sm_90a: the kernel, and how it is launched. Maths:
+// kernels/linear_int4.h; design, layout and bound: linear_int4_prefill.cuh.
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "kernels/cuda/device/launch.cuh"
+#include "kernels/cuda/device/ptx.cuh"
+#include "kernels/cuda/sm90/linear_int4_prefill.cuh"
+#include "kernels/cuda/sm90/linear_int4_prefill.h"
+
+namespace quarot::cuda {
+namespace {
+
+using namespace prefill;
+
+template <bool kGrouped>
+__global__ void __launch_bounds__(kThreads, 1)
+    linear_int4_prefill_kernel(const __grid_constant__ Params p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  unsigned char* base = dynamic_shared();
+  base += -shared_address(base) & (kSwizzleBytes - 1);
+  const uint32_t shared = shared_address(base);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kStages; ++s) {
+      mbarrier_init(shared + kFullAt + s * 8, 1);
+      mbarrier_init(shared + kEmptyAt + s * 8, p.pair * kConsumers * kGroupThreads / kWarp);
+    }
+    mbarrier_init_fence();
+  }
+  cluster_arrive();
+  cluster_wait();
+  const int group = static_cast<int>(threadIdx.x) / kGroupThreads;
+  if (group == kConsumers) {
+    registers_release<kProducerRegisters>();
+    if (threadIdx.x == kConsumers * kGroupThreads) fill_ring(p, shared);
+    __syncwarp();
+    for (int i = 0; i < (p.split > 1 ? 2 : 0); ++i) {  // exchange
+      cluster_arrive();
+      cluster_wait();
+    }
+  } else {
+    registers_take<kConsumerRegisters>();
+    Consumer<kGrouped>{p,
+                       shared,
+                       place(p),
+                       group,
+                       threadIdx.x % kGroupThreads,
+                       reinterpret_cast<float*>(base + kScalesAt) + group * kTokens,
+                       reinterpret_cast<int*>(base + kZerosAt) + group * kTokens,
+                       {}}
+        .run();
+  }
+  // Another block may still copy to this one, or arrive here.
+  cluster_arrive();
+  cluster_wait();
+#else
+  __trap();
+#endif
+}
+
+// ---- Launch -------------------------------------------------------------------------------------
+
+/// 16 * |acc| stays below 2^31.
+constexpr int64_t kMaxK = int64_t{1} << 17;
+/// Coordinates of tiles are ints, with room for the last tile.
+constexpr int64_t kMaxRows = int64_t{1} << 30;
+/// A group has whole halves of stages.
+constexpr int kGroupMultiple = kColumns / 2;
+/// Below, k is too short to be worth an exchange.
+constexpr int64_t kMinSplitColumns = 2048;
+/// One more column of tiles, empty, costs nothing noticeable beyond.
+constexpr int kManyChannelTiles = 16;
+
+/// A tensor map of rows of `width` elements.
+CUtensorMap tensor_map(const void* data, CUtensorMapDataType type, int64_t rows, int64_t width,
+                       int64_t row_bytes, int box_rows, int box_width, CUtensorMapSwizzle swizzle) {
+  static const auto encode = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    QUAROT_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
+                                                       cudaEnableDefault, &found));
+    QUAROT_ASSERT(found == cudaDriverEntryPointSuccess, "the driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
+  }();
+  CUtensorMap map;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(row_bytes)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_width), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUresult status =
+      encode(&map, type, 2, const_cast<void*>(data), sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  QUAROT_ASSERT(status == CUDA_SUCCESS, "cuTensorMapEncodeTiled failed");
+  return map;
+}
+
+bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+/// Whether the current device runs this file's sm_90a code.
+bool is_compiled_for_device() {
+  int device = 0, major = 0;
+  QUAROT_CUDA_CHECK(cudaGetDevice(&device));
+  QUAROT_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  if (major != 9) return false;
+  static const bool compiled = [] {
+    cudaFuncAttributes attributes{};
+    const cudaError_t status =
+        cudaFuncGetAttributes(&attributes, &linear_int4_prefill_kernel<false>);
+    if (status != cudaSuccess) cudaGetLastError();
+    return status == cudaSuccess && attributes.binaryVersion == 90 && attributes.ptxVersion == 90;
+  }();
+  return compiled;
+}
+
+/// Blocks of a cluster.
+struct Cluster {
+  int pair, split;
+};
+
+/// Two blocks split k where tiles leave half of the processors idle; more lose more to the
+/// exchange, and to clusters of 4, which do not fill the chip. Else two share activations, unless
+/// that would add a column of tiles to few.
+Cluster cluster_of(const LinearInt4Args& args, int processors) {
+  const int64_t channel_tiles = ceil_div(args.n, kChannels);
+  const int64_t tiles = channel_tiles * ceil_div(args.m, kTokens);
+  const bool exact = args.groups == 1;  // else the order of the groups counts
+  if (exact && 2 * tiles <= processors && args.k >= kMinSplitColumns) return {1, 2};
+  return {channel_tiles % 2 == 0 || channel_tiles >= kManyChannelTiles ? 2 : 1, 1};
+}
+
+void run(const LinearInt4Args& args, Cluster cluster, Stream stream) {
+  const auto [pair, split] = cluster;
+  Params p{};
+  p.args = args;
+  p.pair = pair;
+  p.split = split;
+  p.channel_tiles = static_cast<int>(ceil_div(args.n, kChannels * pair));
+  p.token_tiles = static_cast<int>(ceil_div(args.m, kTokens));
+  p.set_tiles = FastDiv(kTokenTiles * p.channel_tiles);
+  p.last_tokens = FastDiv(p.token_tiles % kTokenTiles == 0 ? 1 : p.token_tiles % kTokenTiles);
+  p.store_boxes = args.out_dtype != DType::f32 && args.n % 8 == 0 && aligned16(args.out);
+  p.x = tensor_map(args.x, CU_TENSOR_MAP_DATA_TYPE_UINT8, args.m, args.k, args.k, kTokens / pair,
+                   kColumns, CU_TENSOR_MAP_SWIZZLE_128B);
+  const int64_t strip_bytes = ceil_div(args.k, 64) * kHalfStripBytes;
+  p.w = tensor_map(args.w, CU_TENSOR_MAP_DATA_TYPE_INT32, ceil_div(args.n, kStrip), strip_bytes / 4,
+                   strip_bytes, kChannels / kStrip, kStripBytes / 4, CU_TENSOR_MAP_SWIZZLE_NONE);
+  if (p.store_boxes) {
+    p.out = tensor_map(args.out, CU_TENSOR_MAP_DATA_TYPE_UINT16, args.m, args.n, args.n * 2,
+                       kPieceTokens, kGroupChannels, CU_TENSOR_MAP_SWIZZLE_128B);
+  }
+  const int blocks = pair * split;
+  const int64_t tiles = int64_t{p.channel_tiles} * p.token_tiles;
+  // A ring that has received sums is not filled again: parts of k have one tile.
+  const int64_t most = split > 1 ? tiles : device_limits().processors / pair;
+  const auto kernel =
+      args.groups == 1 ? &linear_int4_prefill_kernel<false> : &linear_int4_prefill_kernel<true>;
+  QUAROT_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  cudaLaunchAttribute dimension{};
+  dimension.id = cudaLaunchAttributeClusterDimension;
+  dimension.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>((tiles < most ? tiles : most) * blocks));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &dimension;
+  config.numAttrs = 1;
+  QUAROT_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p));
+}
+
+}  // namespace
+
+bool linear_int4_prefill_fits(const LinearInt4Args& args) {
+  const int64_t group = args.k / args.groups;
+  const bool shape = args.m >= 1 && args.n >= 1 && args.m < kMaxRows && args.n < kMaxRows &&
+                     args.k < kMaxK && (args.groups == 1 || group % kGroupMultiple == 0);
+  return shape && aligned16(args.x) && aligned16(args.w) && is_compiled_for_device();
+}
+
+void linear_int4_prefill(const LinearInt4Args& args, Stream stream) {
+  run(args, cluster_of(args, device_limits().processors), stream);
+}
+
+}  // namespace quarot::cuda
