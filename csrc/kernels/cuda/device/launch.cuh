@@ -17,6 +17,7 @@ struct DeviceLimits {
   int processors;
   int block_shared_bytes;
   int processor_shared_bytes;
+  bool starts_early;  // programmatic dependent launch, sm_90
 };
 
 inline DeviceLimits device_limits() {
@@ -29,12 +30,17 @@ inline DeviceLimits device_limits() {
                                            cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   QUAROT_CUDA_CHECK(cudaDeviceGetAttribute(&limits.processor_shared_bytes,
                                            cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+  int major = 0;
+  QUAROT_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  limits.starts_early = major >= 9;
   return limits;
 }
 
+namespace detail {
+
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes, Stream stream,
-            const Args&... args) {
+            cudaLaunchAttribute* attribute, const Args&... args) {
   QUAROT_ASSERT(blocks < (int64_t{1} << 31), "too many rows for one launch");
   if (shared_bytes > kDefaultSharedBytes) {
     QUAROT_CUDA_CHECK(
@@ -45,7 +51,29 @@ void launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_b
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attribute;
+  config.numAttrs = attribute == nullptr ? 0 : 1;
   QUAROT_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+}  // namespace detail
+
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes, Stream stream,
+            const Args&... args) {
+  detail::launch(kernel, blocks, threads, shared_bytes, stream, nullptr, args...);
+}
+
+/// Launches a kernel that begins with wait_for_previous_grid(): where the device can, its blocks
+/// come to that point while the kernel before it still runs.
+template <class... Params, class... Args>
+void launch_early(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes,
+                  Stream stream, const Args&... args) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  detail::launch(kernel, blocks, threads, shared_bytes, stream,
+                 device_limits().starts_early ? &early : nullptr, args...);
 }
 
 }  // namespace quarot::cuda

@@ -28,6 +28,23 @@ __device__ __forceinline__ void cp_async_wait_all() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+/// cp_async_16, or zeros where `valid` is false (nothing is read then).
+__device__ __forceinline__ void cp_async_16_or_zero(uint32_t shared, const void* global,
+                                                    bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+/// Ends a group of this thread's asynchronous copies.
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+/// Waits for all but this thread's `kPending` newest groups.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 /// Four transposed 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix
 /// i / 8. Lane l gets in r[m] the elements (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4) of matrix
 /// m.
@@ -36,6 +53,14 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t sha
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared)
                : "memory");
+}
+
+/// Transposes an 8x8 matrix of 16-bit elements that the warp holds: lane l has the elements (l / 4,
+/// 2 (l % 4)) and the next one.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
+  uint32_t r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(pair));
+  return r;
 }
 
 // ---- Tensor cores: d[16, 8] += a[16, 16] * b[16, 8], fp32 sums; fragments in mma.cuh ------------
@@ -74,11 +99,39 @@ __device__ __forceinline__ float f16_to_float(uint16_t bits) {
   return r;
 }
 
+/// a - b of two pairs of fp16.
+__device__ __forceinline__ uint32_t sub_f16x2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+/// 2^x to 2 ulp; results below the normal numbers are 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
 /// The larger one, or NaN if one of them is NaN (fmaxf drops it).
 __device__ __forceinline__ float max_nan(float a, float b) {
   float r;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
   return r;
+}
+
+// ---- Programmatic dependent launch (launch.cuh); nothing before sm_90 ---------------------------
+
+/// Waits until the kernels before this one in its stream are done and their writes visible.
+__device__ __forceinline__ void wait_for_previous_grid() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+/// Lets the next kernel's blocks be launched once all blocks of this one have come here.
+__device__ __forceinline__ void start_next_grid() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
 }
 
 // ---- Global memory: data that is read or written once -------------------------------------------
