@@ -1,11 +1,18 @@
-"""ops.attention: accuracy against float64, causality, masks, ragged lengths, hidden garbage."""
+"""ops.attention: accuracy against float64, causality, masks, ragged lengths, hidden garbage.
+
+Head dimension 64 and few queries: the CUDA kernel. Other dimensions, or more than 32 queries:
+torch's attention on tiles of the dequantized cache there.
+"""
+
+import itertools
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional
 
-from helpers import KvCache, assert_accurate, cache_values, poisoned, random_cache
+from helpers import NO_CUDA, KvCache, assert_accurate, cache_values, poisoned, random_cache
 from quarot import ops
 from quarot.ops import reference
 
@@ -16,6 +23,13 @@ CPU = torch.device("cpu")
 
 def ints(*values):
     return torch.tensor(values, dtype=torch.int32)
+
+
+def dequantized(codes, scale, zero, bits):
+    """`cache_values` on the cache's own device."""
+    if bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+    return scale.double()[..., None] * (codes.double() - zero.double()[..., None])
 
 
 def in_float64(q, cache: KvCache, lengths, mask, bits, scale):
@@ -37,17 +51,38 @@ def in_float64(q, cache: KvCache, lengths, mask, bits, scale):
     return out
 
 
-def all_at_once(q, cache: KvCache, lengths, bits, scale):
-    """The same without a mask, fast enough for many keys; rows of lengths >= seq only."""
+def seen_keys(shape, keys, lengths, mask):
+    """Return bool [B, 1 or H, S, keys]: what each query sees; shape is q's."""
+    tokens = lengths[:, None] - shape[1] + torch.arange(shape[1], device=lengths.device)
+    seen = (torch.arange(keys, device=lengths.device) <= tokens[..., None])[:, None]
+    return seen if mask is None else seen & mask[..., :keys]
+
+
+def all_at_once(q, cache: KvCache, lengths, bits, scale, mask=None):
+    """The same for all queries together, on q's device, fast enough for many keys."""
     group = q.shape[2] // cache[0].shape[1]
     keys, values = (
-        cache_values(*half, bits).repeat_interleave(group, 1) for half in (cache[:3], cache[3:])
+        dequantized(*(x.to(q.device) for x in half), bits).repeat_interleave(group, 1)
+        for half in (cache[:3], cache[3:])
     )
     scores = torch.einsum("bshd,bhjd->bhsj", q.double(), keys) * scale
-    last = lengths[:, None] - q.shape[1] + torch.arange(q.shape[1])
-    hidden = torch.arange(keys.shape[2]) > last[:, None, :, None]
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-    return torch.einsum("bhsj,bhjd->bshd", weights, values)
+    seen = seen_keys(q.shape, keys.shape[2], lengths, mask)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen, 0)
+    return torch.einsum("bhsj,bhjd->bshd", weights, values).cpu()
+
+
+def torch_attention(q, cache: KvCache, lengths, bits, scale, mask=None):
+    """torch's own attention in q's dtype, on the cache dequantized to it."""
+    group = q.shape[2] // cache[0].shape[1]
+    keys, values = (
+        dequantized(*(x.to(q.device) for x in half), bits).to(q.dtype).repeat_interleave(group, 1)
+        for half in (cache[:3], cache[3:])
+    )
+    seen = seen_keys(q.shape, keys.shape[2], lengths, mask).expand(-1, q.shape[2], -1, -1)
+    out = functional.scaled_dot_product_attention(
+        q.transpose(1, 2), keys, values, attn_mask=seen, scale=scale
+    )
+    return out.masked_fill(~seen.any(-1, keepdim=True), 0).transpose(1, 2)
 
 
 def attend(module, device, q, cache, lengths, mask=None, *, bits, scale=0.2):
@@ -62,21 +97,28 @@ def attend(module, device, q, cache, lengths, mask=None, *, bits, scale=0.2):
     )
 
 
-def assert_close_to(exact, device, q, cache, lengths, mask=None, *, bits, scale):
-    """Compare with float64, by the error of the same formula in torch and q's dtype."""
-    actual = attend(ops, device, q, cache, lengths, mask, bits=bits, scale=scale)
+def assert_close_to(exact, device, q, cache, lengths, *, bits, scale):
+    """Compare with float64, by the error of torch in q's dtype: the same formula in float32 and one
+    rounding, or on CUDA its own attention."""
+    actual = attend(ops, device, q, cache, lengths, bits=bits, scale=scale)
     assert actual.dtype == q.dtype and actual.is_contiguous()
-    in_torch = attend(reference, device, q, cache, lengths, mask, bits=bits, scale=scale).cpu()
+    roundings = 2
+    if device.type == "cpu":
+        in_torch = attend(reference, device, q, cache, lengths, bits=bits, scale=scale)
+    else:
+        in_torch = torch_attention(q.to(device), cache, lengths.to(device), bits, scale)
+        roundings = 16  # of keys, values and weights too
     assert_accurate(actual, in_torch, exact)
     # Neither may be far off: the rule above would pass if both were.
-    limit = 2 * torch.finfo(q.dtype).eps * exact.abs().max().item() + 2e-5
-    torch.testing.assert_close(in_torch.double(), exact, rtol=0, atol=limit)
+    limit = roundings * torch.finfo(q.dtype).eps * exact.abs().max().item() + 2e-5
+    torch.testing.assert_close(in_torch.cpu().double(), exact, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim"), [(4, 4, 64), (9, 3, 64), (8, 1, 32), (3, 3, 80), (2, 1, 256)]
+    ("heads", "kv_heads", "dim"),
+    [(4, 4, 64), (9, 3, 64), (8, 1, 32), (3, 3, 80), (2, 2, 96), (16, 1, 128), (2, 1, 256)],
 )
 @pytest.mark.parametrize("seq", [1, 6])
 def test_accuracy(device, bits, dtype, heads, kv_heads, dim, seq):
@@ -99,8 +141,8 @@ def test_accuracy(device, bits, dtype, heads, kv_heads, dim, seq):
 def test_shapes_masks_and_lengths(device, lengths, seq, group, masked, bits, seed):
     torch.manual_seed(seed)
     batch, heads = len(lengths), 2 * group
-    q = torch.randn(batch, seq, heads, 32)
-    cache = random_cache(batch, 2, 20, 32, bits, CPU)
+    q = torch.randn(batch, seq, heads, 64)
+    cache = random_cache(batch, 2, 20, 64, bits, CPU)
     mask = None
     if masked:
         width = max(lengths) + seed % (21 - max(lengths))
@@ -122,8 +164,8 @@ def test_long_rows(device, seq):
 
 
 def test_large_scores_do_not_overflow(device):
-    q = torch.randn(1, 3, 2, 32) * 1e4
-    cache = random_cache(1, 2, 9, 32, 4, CPU)
+    q = torch.randn(1, 3, 2, 64) * 1e4
+    cache = random_cache(1, 2, 9, 64, 4, CPU)
     actual = attend(ops, device, q, cache, ints(9), bits=4, scale=1.0)
     exact = in_float64(q, cache, ints(9), None, 4, 1.0)
     torch.testing.assert_close(actual.cpu().double(), exact, rtol=0, atol=1e-2)
@@ -131,8 +173,8 @@ def test_large_scores_do_not_overflow(device):
 
 def test_prefill_equals_decode_steps(device):
     """Query s of a prefill sees what it would see as a step of its own."""
-    q = torch.randn(2, 5, 4, 32)
-    cache = random_cache(2, 2, 16, 32, 4, CPU)
+    q = torch.randn(2, 5, 4, 64)
+    cache = random_cache(2, 2, 16, 64, 4, CPU)
     whole = attend(ops, device, q, cache, ints(9, 12), bits=4)
     for s in range(5):
         step = attend(ops, device, q[:, s : s + 1], cache, ints(5 + s, 8 + s), bits=4)
@@ -140,8 +182,8 @@ def test_prefill_equals_decode_steps(device):
 
 
 def test_queries_without_keys_are_zero(device):
-    q = torch.randn(3, 4, 2, 32)
-    cache = random_cache(3, 1, 8, 32, 4, CPU)
+    q = torch.randn(3, 4, 2, 64)
+    cache = random_cache(3, 1, 8, 64, 4, CPU)
     mask = torch.ones(3, 1, 4, 8, dtype=torch.bool)
     mask[1, :, 2] = False  # fully masked
     mask[2, :, :, :3] = False  # left padding: the first queries see nothing
@@ -156,8 +198,8 @@ def test_queries_without_keys_are_zero(device):
 @pytest.mark.parametrize("seq", [1, 4])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_what_lies_beyond_the_length_is_never_used(device, seq, bits):
-    q = torch.randn(2, seq, 4, 32)
-    cache = random_cache(2, 2, 24, 32, bits, CPU)
+    q = torch.randn(2, seq, 4, 64)
+    cache = random_cache(2, 2, 24, 64, bits, CPU)
     lengths = ints(7, 17)
     expected = attend(ops, device, q, cache, lengths, bits=bits)
     for scale in (cache[1], cache[4]):
@@ -171,8 +213,8 @@ def test_what_lies_beyond_the_length_is_never_used(device, seq, bits):
 
 @pytest.mark.parametrize("part", [1, 4], ids=["key", "value"])
 def test_a_nan_reaches_the_queries_that_see_it(device, part):
-    q = torch.randn(1, 6, 2, 32)
-    cache = random_cache(1, 2, 6, 32, 4, CPU)
+    q = torch.randn(1, 6, 2, 64)
+    cache = random_cache(1, 2, 6, 64, 4, CPU)
     expected = attend(ops, device, q, cache, ints(6), bits=4)
     cache[part][0, 1, 3] = torch.nan  # a token whose key or value was not finite, of head 1
     actual = attend(ops, device, q, cache, ints(6), bits=4)
@@ -182,8 +224,8 @@ def test_a_nan_reaches_the_queries_that_see_it(device, part):
 
 
 def test_masked_keys_have_no_influence(device):
-    q = torch.randn(1, 2, 2, 32)
-    cache = random_cache(1, 1, 10, 32, 4, CPU)
+    q = torch.randn(1, 2, 2, 64)
+    cache = random_cache(1, 1, 10, 64, 4, CPU)
     mask = torch.ones(1, 1, 2, 10, dtype=torch.bool)
     mask[..., 4:6] = False
     expected = attend(ops, device, q, cache, ints(10), mask, bits=4)
@@ -193,9 +235,9 @@ def test_masked_keys_have_no_influence(device):
 
 
 def test_layouts(device):
-    cache = random_cache(2, 2, 12, 32, 4, CPU)
+    cache = random_cache(2, 2, 12, 64, 4, CPU)
     lengths = ints(12, 10)
-    q = torch.randn(2, 3, 4, 32)
+    q = torch.randn(2, 3, 4, 64)
     mask = torch.rand(2, 4, 3, 12) < 0.7
     expected = attend(ops, device, q, cache, lengths, mask, bits=4)
     heads_first = q.transpose(1, 2).contiguous().transpose(1, 2)
@@ -225,9 +267,9 @@ def test_reads_and_writes_only_its_own(device, seq):
         check_()
 
 
-@pytest.mark.parametrize("shape", [(0, 1, 4, 32), (2, 0, 4, 32)])
+@pytest.mark.parametrize("shape", [(0, 1, 4, 64), (2, 0, 4, 64)])
 def test_empty(device, shape):
-    cache = random_cache(shape[0], 2, 4, 32, 4, CPU)
+    cache = random_cache(shape[0], 2, 4, 64, 4, CPU)
     lengths = torch.full(shape[:1], 2, dtype=torch.int32)
     actual = attend(ops, device, torch.empty(shape), cache, lengths, bits=4)
     assert actual.shape == shape
@@ -237,7 +279,7 @@ NAMES = ["q", "k_codes", "k_scale", "k_zero", "v_codes", "v_scale", "v_zero", "l
 
 
 def good(device="cpu"):
-    tensors = (torch.randn(2, 3, 4, 32), *random_cache(2, 2, 8, 32, 4, CPU), ints(8, 5))
+    tensors = (torch.randn(2, 3, 4, 64), *random_cache(2, 2, 8, 64, 4, CPU), ints(8, 5))
     named = zip(NAMES, (t.to(device) for t in tensors), strict=True)
     return {**dict(named), "mask": None, "bits": 4, "scale": 0.2}
 
@@ -250,16 +292,16 @@ def booleans(*shape):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"q": torch.zeros(2, 3, 4, 32).double()}, "q.*float64"),
+        ({"q": torch.zeros(2, 3, 4, 64).double()}, "q.*float64"),
         ({"q": torch.zeros(2, 3, 128)}, "q.*head_dim"),
-        ({"q": torch.zeros(2, 3, 3, 32)}, "q.*heads"),
-        ({"q": torch.zeros(2, 3, 4, 64)}, "k_codes.*64"),
-        ({"q": torch.zeros(1, 3, 4, 32)}, "k_codes.*1 seq"),
+        ({"q": torch.zeros(2, 3, 3, 64)}, "q.*heads"),
+        ({"q": torch.zeros(2, 3, 4, 32)}, "k_codes.*32"),
+        ({"q": torch.zeros(1, 3, 4, 64)}, "k_codes.*1 seq"),
         ({"k_codes": torch.zeros(2, 2, 8, 16)}, "k_codes.*uint8"),
         ({"k_scale": torch.zeros(2, 2, 8)}, "k_scale.*float16"),
         ({"k_zero": torch.zeros(2, 2, 8).char()}, "k_zero.*uint8"),
-        ({"v_codes": torch.zeros(2, 2, 9, 16).byte()}, "v_codes.*shape"),
-        ({"v_codes": torch.zeros(2, 8, 2, 16).byte().mT.mT.transpose(1, 2)}, "v_codes.*contiguous"),
+        ({"v_codes": torch.zeros(2, 2, 9, 32).byte()}, "v_codes.*shape"),
+        ({"v_codes": torch.zeros(2, 8, 2, 32).byte().mT.mT.transpose(1, 2)}, "v_codes.*contiguous"),
         ({"v_scale": torch.zeros(2, 2, 7).half()}, "v_scale.*shape"),
         ({"v_zero": torch.zeros(2, 2, 8)}, "v_zero.*uint8"),
         ({"lengths": torch.tensor([8, 5])}, "lengths.*int32"),
@@ -272,6 +314,8 @@ def booleans(*shape):
         ({"mask": booleans(1, 1, 3, 8)}, "mask"),
         ({"mask": booleans(2, 1, 3, 7)}, "mask.*at least 8"),
         ({"bits": 16}, "bits.*16"),
+        ({"length": 9}, "length .*capacity 8.*9"),
+        ({"length": 8}, r"length .*lengths\[1\] = 5.*8"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -306,3 +350,165 @@ def test_compiles_into_one_graph(device):
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert torch.equal(compiled(arguments["q"]), step(arguments["q"]))
+
+
+# ---- CUDA only ----------------------------------------------------------------------------------
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_CUDA)
+CUDA = torch.device("cuda")
+
+
+def on_gpu(batch, seq, heads, kv_heads, dim, capacity, bits, dtype=torch.bfloat16):
+    q = torch.randn(batch, seq, heads, dim, device=CUDA).to(dtype)
+    return q, random_cache(batch, kv_heads, capacity, dim, bits, CUDA)
+
+
+def random_mask(kind, batch, heads, seq, keys):
+    if kind is None:
+        return None
+    mask = torch.rand(batch, heads if kind == "per head" else 1, seq, keys, device=CUDA) < 0.7
+    mask[0, :, 0] = False  # a query that sees nothing
+    return mask
+
+
+CASES = [
+    # heads, kv_heads, dim, bits, dtype, mask
+    (32, 8, 128, 4, torch.bfloat16, None),
+    (8, 8, 128, 4, torch.float16, "shared"),
+    (16, 2, 64, 4, torch.bfloat16, "per head"),
+    (6, 2, 64, 8, torch.float16, None),
+    (12, 4, 96, 4, torch.float16, None),
+    (4, 4, 96, 8, torch.bfloat16, "shared"),
+    (8, 2, 128, 8, torch.bfloat16, None),
+    (4, 2, 256, 4, torch.bfloat16, None),
+    (8, 1, 256, 8, torch.float16, "shared"),
+    (8, 2, 128, 4, torch.float32, "per head"),
+    (4, 1, 256, 4, torch.float32, None),
+]
+
+
+@on_cuda
+@pytest.mark.parametrize("seq", [1, 2, 3, 4, 5, 8, 9, 33, 300])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "bits", "dtype", "masked"), CASES)
+def test_cuda_accuracy(seq, heads, kv_heads, dim, bits, dtype, masked):
+    """Ragged rows, some shorter than the queries, and one that is empty; several splits."""
+    capacity = 1500 + seq  # not a multiple of anything
+    q, cache = on_gpu(5, seq, heads, kv_heads, dim, capacity, bits, dtype)
+    lengths = ints(capacity, 700, 0, 2, 64).to(CUDA)
+    mask = random_mask(masked, 5, heads, seq, capacity)
+    actual = ops.attention(q, *cache, lengths, mask, bits=bits, scale=dim**-0.5)
+    exact = all_at_once(q, cache, lengths, bits, dim**-0.5, mask)
+    in_torch = torch_attention(q, cache, lengths, bits, dim**-0.5, mask)
+    assert_accurate(actual, in_torch, exact)
+    assert not actual.cpu()[exact == 0].any()
+    again = ops.attention(q, *cache, lengths, mask, bits=bits, scale=dim**-0.5)
+    assert torch.equal(actual, again)
+
+
+@on_cuda
+@pytest.mark.parametrize("capacity", [64, 640, 2048])
+@pytest.mark.parametrize("seq", [1, 4, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cuda_whole_rows(seq, capacity, dtype):
+    """All rows of one length that the host knows: no mask is written, whether or not the queries
+    are the only tokens."""
+    q, cache = on_gpu(2, seq, 8, 2, 128, capacity, 4, dtype)
+    lengths = torch.full((2,), min(capacity, 1000), dtype=torch.int32, device=CUDA)
+    for length in (lengths, torch.full_like(lengths, seq)):
+        known = int(length[0])
+        actual = ops.attention(q, *cache, length, bits=4, scale=0.1, length=known)
+        unknown = ops.attention(q, *cache, length, bits=4, scale=0.1)
+        exact = all_at_once(q, cache, length, 4, 0.1)
+        in_torch = torch_attention(q, cache, length, 4, 0.1)
+        assert_accurate(actual, in_torch, exact)
+        assert_accurate(unknown, in_torch, exact)
+
+
+@on_cuda
+@pytest.mark.parametrize("dim", [128, 256])  # a tile is a sequence, or some heads of one
+def test_cuda_prefill_in_tiles(dim):
+    q, cache = on_gpu(2, 40, 16, 8, dim, 40000, 4)
+    lengths = ints(40000, 39000).to(CUDA)
+    actual = ops.attention(q, *cache, lengths, bits=4, scale=dim**-0.5)
+    for b, h in itertools.product(range(2), range(8)):
+        one = [t[b : b + 1, h : h + 1] for t in cache]
+        queries = q[b : b + 1, :, 2 * h : 2 * h + 2]
+        exact = all_at_once(queries, one, lengths[b : b + 1], 4, dim**-0.5)
+        in_torch = torch_attention(queries, one, lengths[b : b + 1], 4, dim**-0.5)
+        assert_accurate(actual[b : b + 1, :, 2 * h : 2 * h + 2], in_torch, exact)
+
+
+@on_cuda
+def test_cuda_long_context():
+    q, cache = on_gpu(1, 1, 8, 2, 128, 131072, 4)
+    lengths = ints(131072).to(CUDA)
+    actual = ops.attention(q, *cache, lengths, bits=4, scale=0.1)
+    exact = all_at_once(q, cache, lengths, 4, 0.1)
+    assert_accurate(actual, torch_attention(q, cache, lengths, 4, 0.1), exact)
+
+
+@on_cuda
+def test_cuda_wide_range_of_scales():
+    """A weight is rounded to fp16, whatever the scale of its value is."""
+    q, cache = on_gpu(1, 1, 8, 2, 128, 500, 4)
+    k_scale, v_scale = cache[1], cache[4]
+    v_scale[0, 0, 5], v_scale[0, 0, 9], v_scale[0, 1] = 60000, 2**-14, 2**-14
+    k_scale[0, 0, 9] = 3
+    lengths = ints(500).to(CUDA)
+    actual = ops.attention(q, *cache, lengths, bits=4, scale=0.1)
+    exact = all_at_once(q, cache, lengths, 4, 0.1)
+    in_torch = torch_attention(q, cache, lengths, 4, 0.1)
+    for heads in (slice(4), slice(4, 8)):
+        assert_accurate(actual[:, :, heads], in_torch[:, :, heads], exact[:, :, heads])
+
+
+@on_cuda
+@pytest.mark.parametrize("seq", [1, 4, 40])
+@pytest.mark.parametrize("masked", [None, "shared"])
+def test_cuda_graph_follows_the_lengths(seq, masked):
+    q, cache = on_gpu(3, seq, 8, 2, 128, 700, 4)
+    lengths = ints(700, 300, 20).to(CUDA)
+    mask = random_mask(masked, 3, 8, seq, 700)
+    settings = {"bits": 4, "scale": 0.1}
+    ops.attention(q, *cache, lengths, mask, **settings)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = ops.attention(q, *cache, lengths, mask, **settings)
+    for now in ((700, 300, 20), (21, 0, 699), (128, 129, 127)):
+        lengths.copy_(ints(*now))
+        q.copy_(torch.randn_like(q))
+        graph.replay()
+        assert torch.equal(actual, ops.attention(q, *cache, lengths, mask, **settings))
+
+
+@on_cuda
+@pytest.mark.parametrize("seq", [1, 40])
+def test_cuda_runs_on_the_current_stream(seq):
+    q, cache = on_gpu(2, seq, 8, 2, 128, 700, 4)
+    lengths = ints(700, 300).to(CUDA)
+    expected = ops.attention(q, *cache, lengths, bits=4, scale=0.1)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # the default stream would be done long before
+        late = q * 1
+        actual = ops.attention(late, *cache, lengths, bits=4, scale=0.1)
+    stream.synchronize()
+    assert torch.equal(actual, expected)
+
+
+@on_cuda
+@pytest.mark.parametrize("offset", [1, 8])
+def test_cuda_alignment(offset):
+    """Queries may start anywhere; codes must not."""
+    q, cache = on_gpu(1, 1, 8, 2, 128, 128, 4)
+    lengths = ints(100).to(CUDA)
+    expected = ops.attention(q, *cache, lengths, bits=4, scale=0.1)
+
+    def moved(x):
+        return torch.cat((x.new_zeros(offset), x.flatten()))[offset:].view(x.shape)
+
+    grids = [moved(x) if x.ndim == 3 else x for x in cache]
+    assert torch.equal(ops.attention(moved(q), *grids, lengths, bits=4, scale=0.1), expected)
+    with pytest.raises(RuntimeError, match=r"v_codes .*16 bytes"):
+        ops.attention(q, *cache[:3], moved(cache[3]), *cache[4:], lengths, bits=4, scale=0.1)

@@ -24,7 +24,8 @@ struct AttentionArgs {
   KvCacheView k;
   KvCacheView v;
   const int32_t* lengths;  // [batch] tokens in the cache with the new ones, in [0, capacity]
-  const bool* mask;        // [batch, heads, seq, >= max(lengths)] or null; true = may see
+  const bool* mask;        // [batch, heads, seq, mask_keys >= max(lengths)] or null; true = may see
+  int64_t mask_keys;
   int64_t mask_batch_stride;
   int64_t mask_head_stride;  // 0: the same for all heads
   int64_t mask_seq_stride;
@@ -48,4 +49,73 @@ int64_t attention_workspace(int64_t batch, int64_t seq, int64_t heads, int64_t k
 void attention(const AttentionArgs& args, const Executor& executor);
 
 }  // namespace cpu
+namespace cuda {
+
+/// Floats of workspace that a call needs; from shapes alone: lengths are not read by the host.
+int64_t attention_workspace(const AttentionArgs& args);
+
+/// Whether there is a kernel for a head dimension.
+bool attention_has(int64_t head_dim);
+
+/// For few queries a sequence: its work grows with seq. q, out and the codes are 16-byte aligned. A
+/// length beyond the capacity counts as the capacity, a key beyond the mask as not seen.
+void attention(const AttentionArgs& args, Stream stream);
+
+// ---- Many queries: what torch's attention needs -------------------------------------------------
+
+/// Some (sequence, cache head) pairs of a cache as 16- or 32-bit keys and values. Tokens beyond a
+/// length become zeros. A token whose value has a scale that is not finite: value 0, key NaN.
+struct DequantizeKvArgs {
+  void* keys;    // [pairs, tokens, head_dim] dtype
+  void* values;  // the same
+  KvCacheView k;
+  KvCacheView v;
+  const int32_t* lengths;  // [batch], or null: all tokens are there
+  DType dtype;
+  int64_t first;  // pair: sequence * kv_heads + head
+  int64_t pairs;
+  int64_t tokens;  // at most capacity
+  int64_t kv_heads;
+  int64_t head_dim;  // a multiple of 8
+  int64_t capacity;
+  int bits;
+};
+void dequantize_kv(const DequantizeKvArgs& args, Stream stream);
+
+/// What each query sees, written out for some sequences, mask heads and queries.
+struct VisibleArgs {
+  bool* visible;           // [batch, heads, seq, keys]
+  bool* any;               // [batch, heads, seq]: the query sees a key
+  const int32_t* lengths;  // [batch], or null: `length`
+  const bool* mask;        // [batch, heads, seq, keys] or null
+  int64_t mask_batch_stride;
+  int64_t mask_head_stride;
+  int64_t mask_seq_stride;
+  int64_t length;
+  int64_t batch;
+  int64_t heads;  // of the mask; 1: the same for all
+  int64_t seq;
+  int64_t keys;
+  int64_t offset;  // query s is token lengths[b] + offset + s
+};
+void visible_keys(const VisibleArgs& args, Stream stream);
+
+/// Zeros the queries of out [batch, seq, heads, head_dim] (with strides in elements, the last
+/// dimension dense) that see no key.
+struct ZeroUnseenArgs {
+  void* out;
+  DType dtype;
+  const bool* any;  // [batch, mask_heads, seq]
+  int64_t mask_heads;
+  int64_t batch;
+  int64_t seq;
+  int64_t heads;
+  int64_t head_dim;
+  int64_t batch_stride;
+  int64_t seq_stride;
+  int64_t head_stride;
+};
+void zero_unseen(const ZeroUnseenArgs& args, Stream stream);
+
+}  // namespace cuda
 }  // namespace quarot

@@ -1,6 +1,7 @@
 // quarot::attention.
 #include "kernels/attention.h"
 
+#include "ops/attention_prefill.h"
 #include "ops/cache_args.h"
 #include "ops/checks.h"
 
@@ -9,23 +10,31 @@ namespace {
 
 constexpr const char* kOp = "attention";
 
-/// The largest length; each must be in [0, capacity].
-int64_t longest_of(const Tensor& lengths, int64_t batch, int64_t capacity) {
+/// The largest length; each must be in [0, capacity], and `expected` where that is given.
+int64_t longest_of(const Tensor& lengths, int64_t capacity, std::optional<int64_t> expected) {
   int64_t longest = 0;
-  for (int64_t b = 0; b < batch; ++b) {
+  for (int64_t b = 0; b < lengths.size(0); ++b) {
     const int64_t length = data<const int32_t>(lengths)[b];
     QUAROT_REQUIRE(length >= 0 && length <= capacity, kOp, "lengths[", b,
                    "] must be between 0 and the capacity ", capacity, "; got ", length);
+    QUAROT_REQUIRE(!expected.has_value() || length == *expected, kOp, "length must be that of all ",
+                   "sequences, lengths[", b, "] = ", length, "; got ", expected.value_or(0));
     longest = length > longest ? length : longest;
   }
   return longest;
 }
 
-/// q [batch, seq, heads, head_dim] -> the same shape and dtype, contiguous.
-Tensor attention(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale,
-                 const Tensor& k_zero, const Tensor& v_codes, const Tensor& v_scale,
-                 const Tensor& v_zero, const Tensor& lengths, OptionalTensor mask, int64_t bits,
-                 double scale) {
+/// A call's arguments, checked; the tensors hold what `args` points to. Without out and workspace.
+struct Call {
+  AttentionArgs args{};
+  Tensor queries, lengths;
+  OptionalTensor mask;
+};
+
+Call checked(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale, const Tensor& k_zero,
+             const Tensor& v_codes, const Tensor& v_scale, const Tensor& v_zero,
+             const Tensor& lengths, const OptionalTensor& mask, int64_t bits, double scale,
+             std::optional<int64_t> length) {
   const CacheShape shape = cache_shape(k_codes, bits, kOp, "k_codes");
   QUAROT_REQUIRE(q.dim() == 4, kOp, "q must be [batch, seq, heads, head_dim]; got ", describe(q));
   const int64_t batch = q.size(0), seq = q.size(1), heads = q.size(2), head_dim = q.size(3);
@@ -35,12 +44,19 @@ Tensor attention(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale,
   QUAROT_REQUIRE(shape.kv_heads > 0 && heads % shape.kv_heads == 0, kOp,
                  "q must have a multiple of the cache's ", shape.kv_heads, " heads; got ",
                  describe(q));
-  const DType dtype = dtype_of(q.scalar_type(), kOp, "q");
-  const Tensor queries = q.is_contiguous() ? q : torch::stable::contiguous(q);
+  Call call;
+  AttentionArgs& args = call.args;
+  args.dtype = dtype_of(q.scalar_type(), kOp, "q");
+  call.queries = q.is_contiguous() ? q : torch::stable::contiguous(q);
   require_cache(k_codes, k_scale, k_zero, shape, bits, q, kOp, {"k_codes", "k_scale", "k_zero"});
   require_cache(v_codes, v_scale, v_zero, shape, bits, q, kOp, {"v_codes", "v_scale", "v_zero"});
-  const Tensor filled = require_dense(lengths, ScalarType::Int, {batch}, q, kOp, "lengths", "q");
-  const int64_t longest = longest_of(filled, batch, shape.capacity);
+  call.lengths = require_dense(lengths, ScalarType::Int, {batch}, q, kOp, "lengths", "q");
+  QUAROT_REQUIRE(!length.has_value() || (*length >= 0 && *length <= shape.capacity), kOp,
+                 "length must be between 0 and the capacity ", shape.capacity, "; got ",
+                 length.value_or(0));
+  // On CUDA the kernels bound what they read: lengths are only on the device.
+  const int64_t longest =
+      q.is_cuda() ? length.value_or(0) : longest_of(call.lengths, shape.capacity, length);
 
   if (mask.has_value()) {
     require_dtype(*mask, ScalarType::Bool, kOp, "mask");
@@ -50,29 +66,19 @@ Tensor attention(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale,
                        mask->size(3) >= longest,
                    kOp, "mask must be [", batch, ", 1 or ", heads, ", ", seq, ", at least ",
                    longest, "]; got ", describe(*mask));
-    if (mask->stride(3) != 1) mask = torch::stable::contiguous(*mask);
+    call.mask = mask->stride(3) == 1 ? *mask : torch::stable::contiguous(*mask);
+    args.mask = data<const bool>(call.mask);
+    args.mask_keys = call.mask->size(3);
+    args.mask_batch_stride = call.mask->stride(0);
+    args.mask_head_stride = call.mask->size(1) == 1 ? 0 : call.mask->stride(1);
+    args.mask_seq_stride = call.mask->stride(2);
   }
-  Tensor out = new_tensor(q, {batch, seq, heads, head_dim}, q.scalar_type());
-  if (q.numel() == 0) return out;
-  const int64_t floats =
-      cpu::attention_workspace(batch, seq, heads, shape.kv_heads, head_dim, longest);
-  const Tensor workspace = new_tensor(q, {floats}, ScalarType::Float);
-  AttentionArgs args{};
-  args.out = out.data_ptr();
-  args.workspace = data<float>(workspace);
-  args.q = queries.data_ptr();
+  args.q = call.queries.data_ptr();
   args.k = {data<const uint8_t>(k_codes), data<const uint16_t>(k_scale),
             data<const uint8_t>(k_zero)};
   args.v = {data<const uint8_t>(v_codes), data<const uint16_t>(v_scale),
             data<const uint8_t>(v_zero)};
-  args.lengths = data<const int32_t>(filled);
-  if (mask.has_value()) {
-    args.mask = data<const bool>(mask);
-    args.mask_batch_stride = mask->stride(0);
-    args.mask_head_stride = mask->size(1) == 1 ? 0 : mask->stride(1);
-    args.mask_seq_stride = mask->stride(2);
-  }
-  args.dtype = dtype;
+  args.lengths = data<const int32_t>(call.lengths);
   args.batch = batch;
   args.seq = seq;
   args.heads = heads;
@@ -81,11 +87,72 @@ Tensor attention(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale,
   args.capacity = shape.capacity;
   args.bits = static_cast<int>(bits);
   args.scale = static_cast<float>(scale);
+  return call;
+}
+
+Tensor new_out(const Tensor& q) { return new_tensor(q, sizes_of(q), q.scalar_type()); }
+
+Tensor attention_cpu(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale,
+                     const Tensor& k_zero, const Tensor& v_codes, const Tensor& v_scale,
+                     const Tensor& v_zero, const Tensor& lengths, OptionalTensor mask, int64_t bits,
+                     double scale, std::optional<int64_t> length) {
+  Call call = checked(q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, lengths, mask, bits,
+                      scale, length);
+  AttentionArgs& args = call.args;
+  const Tensor out = new_out(q);
+  if (q.numel() == 0) return out;
+  const int64_t longest = longest_of(call.lengths, args.capacity, length);
+  const int64_t floats = cpu::attention_workspace(args.batch, args.seq, args.heads, args.kv_heads,
+                                                  args.head_dim, longest);
+  const Tensor workspace = new_tensor(q, {floats}, ScalarType::Float);
+  args.out = out.data_ptr();
+  args.workspace = data<float>(workspace);
   launch<&cpu::attention>(q, args);
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(quarot, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
+#ifdef QUAROT_WITH_CUDA
+/// Most queries a sequence that the kernel takes: it reads the cache once for 16 rows of queries,
+/// where torch's attention needs keys and values, and mostly a mask, written out.
+constexpr int64_t kDecodeQueries = 32;
+constexpr uintptr_t kAlignment = 16;
+
+bool is_aligned(const Tensor& x) {
+  return reinterpret_cast<uintptr_t>(x.data_ptr()) % kAlignment == 0;
+}
+
+Tensor attention_cuda(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale,
+                      const Tensor& k_zero, const Tensor& v_codes, const Tensor& v_scale,
+                      const Tensor& v_zero, const Tensor& lengths, OptionalTensor mask,
+                      int64_t bits, double scale, std::optional<int64_t> length) {
+  Call call = checked(q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, lengths, mask, bits,
+                      scale, length);
+  AttentionArgs& args = call.args;
+  if (q.numel() == 0) return new_out(q);
+  for (const auto& [codes, arg] : {std::pair{&k_codes, "k_codes"}, {&v_codes, "v_codes"}}) {
+    QUAROT_REQUIRE(is_aligned(*codes), kOp, arg, " must start at a multiple of ", kAlignment,
+                   " bytes; got ", describe(*codes), " elsewhere");
+  }
+  if (args.seq > kDecodeQueries || !cuda::attention_has(args.head_dim)) {
+    return Prefill(call.queries, args, length, scale).run();
+  }
+  if (!is_aligned(call.queries)) {
+    call.queries = torch::stable::clone(call.queries);
+    args.q = call.queries.data_ptr();
+  }
+  const CudaScope scope(q);
+  const Tensor out = new_out(q);
+  const Tensor workspace = new_tensor(q, {cuda::attention_workspace(args)}, ScalarType::Float);
+  args.out = out.data_ptr();
+  args.workspace = data<float>(workspace);
+  cuda::attention(args, scope.stream());
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(quarot, CUDA, m) { m.impl("attention", TORCH_BOX(&attention_cuda)); }
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(quarot, CPU, m) { m.impl("attention", TORCH_BOX(&attention_cpu)); }
 
 }  // namespace
 }  // namespace quarot::ops

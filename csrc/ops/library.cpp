@@ -43,6 +43,6 @@ STABLE_TORCH_LIBRARY(quarot, m) {
   m.def(
       "attention(Tensor q, Tensor k_codes, Tensor k_scale, Tensor k_zero, Tensor v_codes, "
       "Tensor v_scale, Tensor v_zero, Tensor lengths, Tensor? mask, int bits, "
-      "float scale) -> Tensor");
+      "float scale, int? length=None) -> Tensor");
 }
 // clang-format on

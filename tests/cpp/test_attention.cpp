@@ -109,6 +109,7 @@ struct Call {
                              v.view(),
                              lengths.data(),
                              mask ? reinterpret_cast<const bool*>(mask->data()) : nullptr,
+                             capacity,
                              mask_heads * s.seq * capacity,
                              mask_heads == 1 ? 0 : s.seq * capacity,
                              capacity,

@@ -349,6 +349,7 @@ def attention(
     *,
     bits: int,
     scale: float,
+    length: int | None = None,
 ) -> Tensor:
     """Attend causally to the quantized cache: softmax(scale * q k^T) v, softmax in float32.
 
@@ -359,13 +360,15 @@ def attention(
             keys j <= lengths - S + s.
         mask: bool [B, 1 or H, S, L], true = may be seen; max(lengths) <= L <= capacity.
         bits: 4 or 8;  scale: factor of the scores.
+        length: the length of all rows, where the host knows it; prefill on CUDA then needs no mask
+            to see `lengths` with.
 
     Returns:
         [B, S, H, D] in q's dtype; a query that sees nothing is 0.
     """
     _no_grad("attention", q)
     return torch.ops.quarot.attention(
-        q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, lengths, mask, bits, scale
+        q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, lengths, mask, bits, scale, length
     )
 
 

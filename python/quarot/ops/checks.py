@@ -162,16 +162,28 @@ def appended(
     tensor("start", start, torch.int32, (batch,))
 
 
-def visible(q: Tensor, kv_heads: int, capacity: int, lengths: Tensor, mask: Tensor | None) -> int:
+def visible(
+    q: Tensor,
+    kv_heads: int,
+    capacity: int,
+    lengths: Tensor,
+    mask: Tensor | None,
+    length: int | None,
+) -> int:
     """Check what attention may see; return the largest length (0 without any)."""
     batch, queries, heads, _ = q.shape
     divides = kv_heads > 0 and heads % kv_heads == 0
     require(divides, f"q must have a multiple of the cache's {kv_heads} heads", q)
     tensor("lengths", lengths, torch.int32, (batch,))
-    held = lengths.tolist()
-    for b, length in enumerate(held):
-        needs = f"lengths[{b}] must be between 0 and the capacity {capacity}"
+    if length is not None:
+        needs = f"length must be between 0 and the capacity {capacity}"
         require(0 <= length <= capacity, needs, length)
+    held = lengths.tolist()
+    for b, each in enumerate(held):
+        needs = f"lengths[{b}] must be between 0 and the capacity {capacity}"
+        require(0 <= each <= capacity, needs, each)
+        same = f"length must be that of all sequences, lengths[{b}] = {each}"
+        require(length in (None, each), same, length)
     longest = max(held, default=0)
     if mask is not None:
         tensor("mask", mask, torch.bool)

@@ -350,12 +350,13 @@ def attention(
     *,
     bits: int,
     scale: float,
+    length: int | None = None,
 ) -> Tensor:
     """Causal softmax attention of q [B, S, H, D] over the quantized cache, in float32."""
     checks.cache(q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, bits)
     batch, queries, heads, dim = q.shape
     kv_heads, capacity = k_codes.shape[1:3]
-    length = checks.visible(q, kv_heads, capacity, lengths, mask)
+    length = checks.visible(q, kv_heads, capacity, lengths, mask, length)
     if length == 0 or q.numel() == 0:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
     keys = dequantize_kv(k_codes, k_scale, k_zero, length, bits)

@@ -85,6 +85,14 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t sha
                : "memory");
 }
 
+/// Transposes an 8x8 matrix of 16-bit elements that the warp holds: lane l has the elements (l / 4,
+/// 2 (l % 4)) and the next one.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
+  uint32_t r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(pair));
+  return r;
+}
+
 // ---- Tensor cores: d[16, 8] += a[16, 16] * b[16, 8], fp32 sums; fragments in mma.cuh ------------
 
 __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1) {
@@ -145,6 +153,19 @@ __device__ __forceinline__ uint32_t pack_f16x2(float low, float high) {
 __device__ __forceinline__ float f16_to_float(uint16_t bits) {
   float r;
   asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(bits));
+  return r;
+}
+
+/// a - b of two pairs of fp16.
+__device__ __forceinline__ uint32_t sub_f16x2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+/// 2^x to 2 ulp; results below the normal numbers are 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
 

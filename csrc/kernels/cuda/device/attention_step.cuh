@@ -1,0 +1,648 @@
+// What a warp of the decode attention does (cuda/attention.cu): it takes kKeys keys of one cache
+// head at a time, with all query rows (query s, head of the group) of its block.
+//
+// Codes come by cp.async into a ring of the warp's own. Both products run on tensor cores
+// (m16n8k16, fp32 sums) with the codes as A and the rows as the 8 columns of B:
+//
+//   scores [key, row] = K codes [key, dim] * q^T [dim, row]         lane (g, t): keys g, g + 8
+//   out^T  [dim, row] = V codes^T [dim, key] * w [key, row]         lane (g, t): dims of g
+//
+// Codes are never scaled one by one. A code's bits, masked out of its word, ARE an fp16 operand:
+// the subnormal code * 2^-24 (for the odd nibbles of a byte 16 times that, which q or the result
+// takes back). Scale and zero of a key go on the score, s = k_scale (q . code - k_zero sum q), and
+// those of a value on its weight, w = exp(s - max) v_scale and out = w . code - w . v_zero, where w
+// is rounded to fp16 once, for both terms. q is scaled by a power of two into fp16's range: 16-bit
+// queries lose nothing.
+//
+// kExact, for fp32 queries: q and w are sums of two fp16 numbers, and codes normal ones, since the
+// tensor cores cut the low bits of sums of subnormal products.
+//
+// The running maximum of a row only moves when a score exceeds it by kTop (log2), which one vote a
+// step finds out: rescaling is rare.
+//
+// Above 400 lines: the steps share one fragment layout, which is the file's subject.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kernels/attention.h"
+#include "kernels/cuda/device/mma.cuh"
+#include "kernels/cuda/device/reduce.cuh"
+#include "kernels/cuda/device/vec.cuh"
+
+namespace quarot::cuda::decode {
+
+// ---- Config -------------------------------------------------------------------------------------
+
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kWarp;
+constexpr int kStages = 2;            // of a warp's ring; three were slower
+constexpr int kTileKeys = kMmaRows;   // keys of one product
+constexpr float kTop = 15.0f;         // log2 of the largest weight: fp16 ends at 2^16
+constexpr float kRest = 8.0f;         // where a new maximum is put
+constexpr float kLowest = -0x1p127f;  // below any score, and finite
+constexpr float kLog2e = 1.44269504088896340736f;
+constexpr int kQueryExponent = 13;  // of the largest query entry, after scaling
+constexpr float kFirstValueUnit = 0x1p30f;
+
+/// What a kernel is compiled for: kTiles * 8 query rows.
+template <int kDim_, int kBits_, int kTiles_, bool kExact_>
+struct Config {
+  static constexpr int kDim = kDim_, kBits = kBits_, kTiles = kTiles_;
+  static constexpr bool kExact = kExact_;
+  static constexpr int kRows = kTiles * kMmaColumns;
+  static constexpr int kRowBytes = kDim * kBits / 8;
+  static constexpr int kKeys = kRowBytes >= 128 ? 16 : 32;  // of a warp's step
+  static constexpr int kKeyTiles = kKeys / kTileKeys;
+  static constexpr int kBlockKeys = kWarps * kKeys;
+  static constexpr int kBlocks = kExact || kDim > 128 || kTiles > 1 ? 2 : 4;  // of an SM
+  static constexpr int kWordDims = 32 / kBits;
+  // 1 / what a code's lowest bit is worth as an operand: the smallest subnormal of fp16, or 1.
+  static constexpr float kCodeUnit = kExact ? 1.0f : 0x1p24f;
+
+  // A lane's part of a key's row: kKeyVectors vectors, 4 lanes side by side.
+  static constexpr int kKeyWords = kRowBytes / 16;
+  static constexpr int kKeyVector = kKeyWords % 4 == 0 ? 4 : kKeyWords % 2 == 0 ? 2 : 1;
+  static constexpr int kKeyVectors = kKeyWords / kKeyVector;
+  static constexpr int kSteps = kDim / kMmaDepth;  // products a score takes
+  // A lane's part of a value's row in 16-bit units, 8 lanes side by side.
+  static constexpr int kValueUnits = kRowBytes / 16;
+  static constexpr int kValueVector = kValueUnits % 8 == 0   ? 8
+                                      : kValueUnits % 4 == 0 ? 4
+                                      : kValueUnits % 2 == 0 ? 2
+                                                             : 1;
+  static constexpr int kValueVectors = kValueUnits / kValueVector;
+  static constexpr int kUnitDims = 16 / kBits;
+  static constexpr int kUnitTiles = kUnitDims / 2;  // dims of a product's two rows, of one lane
+  static constexpr int kDimTiles = kDim / kMmaRows;
+
+  // Shared memory of a warp: stages of [K codes][V codes][raw scales and zeros], then Param[kKeys].
+  static constexpr int kCodeBytes = kKeys * kRowBytes;
+  static constexpr int kRawBytes = kKeys * 6;  // k_scale, v_scale fp16, k_zero, v_zero uint8
+  static constexpr int kStageBytes = 2 * kCodeBytes + kRawBytes;
+  static constexpr int kParamBytes = kKeys * 16;
+  static constexpr int kWarpBytes = kStages * kStageBytes + kParamBytes;
+  // Floats of a row in the block's reduction, and where a dimension stands there: the lanes' dims
+  // are kDim / 8 apart, their rows 2.
+  static constexpr int kOutStride = (kDim + 8 + 15) / 16 * 16 + 4;
+  __device__ static constexpr int out_place(int dim) { return dim + dim / (kDim / 8); }
+  static constexpr int kReduceBytes = kWarps * kRows * kOutStride * 4;
+  static constexpr int kSharedBytes =
+      kWarps * kWarpBytes > kReduceBytes ? kWarps * kWarpBytes : kReduceBytes;
+  static_assert(kStageBytes % 16 == 0 && kCodeBytes % (16 * kWarp) == 0 && kRowBytes % 16 == 0);
+
+  /// Permutes the 16-byte chunks within 128-byte lines, so that both products' reads are free of
+  /// bank conflicts: chunk c of key r's row stands at c ^ swizzle(r).
+  __device__ static constexpr int swizzle(int key) {
+    if constexpr (kRowBytes == 32) return ((key >> 2) & 1) << 1;
+    if constexpr (kRowBytes == 64) return ((key >> 1) & 3) << 1;
+    if constexpr (kRowBytes >= 128) return (((key >> 1) & 3) << 1) ^ ((key & 1) << 2);
+    return 0;
+  }
+};
+
+// ---- A warp's step ------------------------------------------------------------------------------
+
+__device__ __forceinline__ float half_low(uint32_t pair) {
+  return f16_to_float(static_cast<uint16_t>(pair));
+}
+__device__ __forceinline__ float half_high(uint32_t pair) {
+  return f16_to_float(static_cast<uint16_t>(pair >> 16));
+}
+
+template <int kWords>
+__device__ __forceinline__ void load_words(uint32_t* to, const unsigned char* shared) {
+  if constexpr (kWords == 4) {
+    const uint4 v = *reinterpret_cast<const uint4*>(shared);
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  } else if constexpr (kWords == 2) {
+    const uint2 v = *reinterpret_cast<const uint2*>(shared);
+    to[0] = v.x, to[1] = v.y;
+  } else {
+    to[0] = *reinterpret_cast<const uint32_t*>(shared);
+  }
+}
+
+/// The row of query row r of the block, in q and out.
+struct RowsOfBlock {
+  int64_t b;
+  int head, first, group, rows;
+  __device__ __forceinline__ int s(int r) const { return (first + r) / group; }
+  __device__ __forceinline__ int query_head(int r) const {
+    return head * group + (first + r) % group;
+  }
+  __device__ __forceinline__ int64_t at(const AttentionArgs& a, int r) const {
+    return (b * a.seq + s(r)) * a.heads + query_head(r);
+  }
+};
+
+__device__ __forceinline__ void load_query(float (&v)[kChunk], DType dtype, const void* q,
+                                           int64_t i) {
+  switch (dtype) {
+    case DType::f32:
+      return to_floats<DType::f32>(v, load_chunk<DType::f32>(q, i));
+    case DType::f16:
+      return to_floats<DType::f16>(v, load_chunk<DType::f16>(q, i));
+    case DType::bf16:
+      return to_floats<DType::bf16>(v, load_chunk<DType::bf16>(q, i));
+  }
+}
+
+/// The queries as B fragments, and what scores are made of them with.
+template <class C>
+struct Queries {
+  static constexpr int kParts = C::kExact ? 2 : 1;
+  uint32_t fragment[kParts][C::kTiles][C::kSteps][2];
+  float sum[C::kTiles][2];  // of q, in units of the scores' sums, of the lane's columns
+  float factor;             // of a score
+
+  __device__ __forceinline__ void load(const AttentionArgs& a, const RowsOfBlock& rows) {
+    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+    constexpr int kWords = C::kKeyWords;
+    float v[C::kTiles][kWords * C::kWordDims];
+    float largest = 0.0f;
+#pragma unroll
+    for (int n = 0; n < C::kTiles; ++n) {
+      const int r = n * kMmaColumns + g;
+      const int64_t from = r < rows.rows ? rows.at(a, r) * C::kDim : -1;
+#pragma unroll
+      for (int i = 0; i < kWords * C::kWordDims; i += kChunk) {
+        constexpr int kVectorDims = C::kKeyVector * C::kWordDims;
+        const int dim = (i / kVectorDims * 4 + t) * kVectorDims + i % kVectorDims;
+        float chunk[kChunk] = {};
+        if (from >= 0) load_query(chunk, a.dtype, a.q, from + dim);
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) {
+          v[n][i + e] = chunk[e];
+          const float size = fabsf(chunk[e]);
+          if (size < INFINITY) largest = fmaxf(largest, size);
+        }
+      }
+    }
+    // Floats of one sign order as their bits do.
+    const int bits = warp_max(__float_as_int(largest));
+    const int exponent = min(max((bits >> 23) - kQueryExponent, 1), 253 - kQueryExponent);
+    const float inverse = __int_as_float(exponent << 23);
+    const float unit = __int_as_float((254 - exponent) << 23);
+    factor = a.scale * kLog2e * C::kCodeUnit * inverse;
+#pragma unroll
+    for (int n = 0; n < C::kTiles; ++n) {
+      float total = 0.0f;
+#pragma unroll
+      for (int step = 0; step < C::kSteps; ++step) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          // The entries that meet a.x and a.z of multiply_keys.
+          constexpr int kApart = C::kBits == 4 ? 4 : 2;
+          const int i = C::kBits == 4 ? step / 2 * 8 + step % 2 * 2 + half : step * 4 + half;
+          const float shrink = C::kBits == 4 && half == 1 ? unit / 16 : unit;
+          const float x = v[n][i] * shrink, y = v[n][i + kApart] * shrink;
+          const uint32_t pair = pack_f16x2(x, y);
+          fragment[0][n][step][half] = pair;
+          float kept = half_low(pair) + half_high(pair);
+          if constexpr (C::kExact) {
+            const uint32_t rest = pack_f16x2(x - half_low(pair), y - half_high(pair));
+            fragment[1][n][step][half] = rest;
+            kept += half_low(rest) + half_high(rest);
+          }
+          total += C::kBits == 4 && half == 1 ? 16 * kept : kept;
+        }
+      }
+      total += __shfl_xor_sync(kAllLanes, total, 1);
+      total += __shfl_xor_sync(kAllLanes, total, 2);
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+        sum[n][c] = __shfl_sync(kAllLanes, total, 4 * (2 * t + c)) / C::kCodeUnit;
+    }
+  }
+};
+
+/// What a key's codes and weight are combined with.
+struct Param {
+  float scale;    // of q . code, with everything a score is multiplied by; NaN poisons the key
+  float offset;   // -scale * zero
+  float v_scale;  // in the warp's unit, finite
+  float v_zero;
+};
+
+/// Copies a warp's keys into its ring, one step after the other.
+template <class C>
+class Copier {
+ public:
+  __device__ __forceinline__ Copier(const AttentionArgs& a, unsigned char* ring, int64_t slots,
+                                    int key, int end)
+      : a_(a), slots_(slots), lane_(threadIdx.x % kWarp), key_(key), end_(end) {
+    ring_ = shared_address(ring);
+    offset_ = (slots + key) * C::kRowBytes + lane_ * 16;
+    // Chunks of 16 bytes of k_scale, v_scale, k_zero, v_zero: a lane each.
+    const bool scales = lane_ < 2 * kScaleChunks;
+    const int index = scales ? lane_ : lane_ - 2 * kScaleChunks;
+    const int count = scales ? kScaleChunks : kZeroChunks;
+    const bool value = index >= count;
+    const char* base = scales ? reinterpret_cast<const char*>(value ? a.v.scale : a.k.scale)
+                              : reinterpret_cast<const char*>(value ? a.v.zero : a.k.zero);
+    raw_ = base + ((slots + key) << (scales ? 1 : 0)) + (index - (value ? count : 0)) * 16;
+    raw_step_ = kStepKeys << (scales ? 1 : 0);
+    aligned_ = __all_sync(kAllLanes, reinterpret_cast<uintptr_t>(raw_) % 16 == 0 ||
+                                         lane_ >= 2 * (kScaleChunks + kZeroChunks));
+  }
+
+  /// Starts the copies of the next step into the next stage, as one group; the keys from `end` on
+  /// become zeros.
+  __device__ __forceinline__ void start() {
+    const uint32_t stage = ring_ + stage_;
+    if (key_ + C::kKeys <= end_ && aligned_) {
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        cp_async_16(stage + place(i), a_.k.codes + offset_ + i * 16 * kWarp);
+        cp_async_16(stage + place(i) + C::kCodeBytes, a_.v.codes + offset_ + i * 16 * kWarp);
+      }
+      if (lane_ < 2 * (kScaleChunks + kZeroChunks)) {
+        cp_async_16(stage + 2 * C::kCodeBytes + lane_ * 16, raw_);
+      }
+    } else if (key_ < end_) {
+      start_partly(stage);
+    }
+    cp_async_commit();
+    key_ += kStepKeys;
+    offset_ += kStepKeys * C::kRowBytes;
+    raw_ += raw_step_;
+    stage_ = stage_ + C::kStageBytes == kStages * C::kStageBytes ? 0 : stage_ + C::kStageBytes;
+  }
+
+ private:
+  static constexpr int kStepKeys = kWarps * C::kKeys;  // the other warps' lie between
+  static constexpr int kCopies = C::kCodeBytes / 16 / kWarp;
+  static constexpr int kScaleChunks = C::kKeys / 8, kZeroChunks = C::kKeys / 16;
+
+  __device__ __forceinline__ int place(int i) const {
+    const int chunk = i * kWarp + lane_;
+    return (chunk ^ C::swizzle(chunk * 16 / C::kRowBytes)) * 16;
+  }
+
+  __device__ __forceinline__ void start_partly(uint32_t stage) const {
+    const int valid = end_ - key_;
+#pragma unroll 1
+    for (int i = 0; i < kCopies; ++i) {
+      const bool in = (i * kWarp + lane_) * 16 / C::kRowBytes < valid;
+      const int64_t from = in ? offset_ + i * 16 * kWarp : 0;
+      cp_async_16_or_zero(stage + place(i), a_.k.codes + from, in);
+      cp_async_16_or_zero(stage + place(i) + C::kCodeBytes, a_.v.codes + from, in);
+    }
+    if (lane_ >= C::kKeys) return;
+    const bool in = lane_ < valid;
+    const int64_t slot = slots_ + key_ + lane_;
+    unsigned char* raw =
+        dynamic_shared() + (stage - shared_address(dynamic_shared())) + 2 * C::kCodeBytes;
+    auto* scales = reinterpret_cast<uint16_t*>(raw);
+    scales[lane_] = in ? a_.k.scale[slot] : uint16_t{0};
+    scales[C::kKeys + lane_] = in ? a_.v.scale[slot] : uint16_t{0};
+    unsigned char* zeros = raw + C::kKeys * 4;
+    zeros[lane_] = in ? a_.k.zero[slot] : uint8_t{0};
+    zeros[C::kKeys + lane_] = in ? a_.v.zero[slot] : uint8_t{0};
+  }
+
+  const AttentionArgs& a_;
+  int64_t slots_;   // the first of the sequence and head
+  int64_t offset_;  // of the lane's first chunk in the codes
+  const char* raw_;
+  int raw_step_, lane_, key_, end_, stage_ = 0;
+  uint32_t ring_;
+  bool aligned_;
+};
+
+/// Masked code bits as a pair of fp16.
+template <class C>
+__device__ __forceinline__ uint32_t operand(uint32_t bits) {
+  constexpr uint32_t k1024 = 0x64006400;
+  return C::kExact ? sub_f16x2(bits | k1024, k1024) : bits;
+}
+
+/// The two products' A fragments of a lane's words x and y; i: which 8 bits of each half-word.
+template <class C>
+__device__ __forceinline__ uint4 key_operands(uint32_t x, uint32_t y, int i) {
+  constexpr uint32_t kLow = C::kBits == 4 ? 0x000f000f : 0x00ff00ff;
+  constexpr uint32_t kHigh = C::kBits == 4 ? 0x00f000f0 : 0x00ff00ff;
+  const int high = C::kBits == 4 ? 8 * i : 8;
+  return {operand<C>(x >> (8 * i) & kLow), operand<C>(y >> (8 * i) & kLow),
+          operand<C>(x >> high & kHigh), operand<C>(y >> high & kHigh)};
+}
+
+/// Where a lane finds its part of a tile's keys and values: bytes from the tile's start. Rows 8 on
+/// have the same swizzle.
+template <class C>
+struct Places {
+  int key[C::kKeyVectors];         // of key g
+  int value[C::kValueVectors][2];  // of keys 2 t and 2 t + 1
+  __device__ __forceinline__ Places() {
+    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int v = 0; v < C::kKeyVectors; ++v) {
+      key[v] = (g * C::kRowBytes + (v * 4 + t) * C::kKeyVector * 4) ^ (C::swizzle(g) * 16);
+    }
+#pragma unroll
+    for (int v = 0; v < C::kValueVectors; ++v) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int row = 2 * t + k;
+        value[v][k] =
+            (row * C::kRowBytes + (v * 8 + g) * C::kValueVector * 2) ^ (C::swizzle(row) * 16);
+      }
+    }
+  }
+};
+
+/// scores += K codes * q^T for the 16 keys at `codes`.
+template <class C>
+__device__ __forceinline__ void multiply_keys(float (&scores)[C::kTiles][4],
+                                              const unsigned char* codes, const Places<C>& places,
+                                              const Queries<C>& q) {
+  uint32_t words[2][C::kKeyWords];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int v = 0; v < C::kKeyVectors; ++v) {
+      load_words<C::kKeyVector>(words[h] + v * C::kKeyVector,
+                                codes + places.key[v] + h * 8 * C::kRowBytes);
+    }
+  }
+  constexpr int kWordSteps = C::kBits == 4 ? 2 : 1;
+#pragma unroll
+  for (int step = 0; step < C::kSteps; ++step) {
+    const int w = step / kWordSteps;
+    const uint4 a = key_operands<C>(words[0][w], words[1][w], step % kWordSteps);
+#pragma unroll
+    for (int part = 0; part < Queries<C>::kParts; ++part) {
+#pragma unroll
+      for (int n = 0; n < C::kTiles; ++n) {
+        mma_f16(scores[n], a, q.fragment[part][n][step][0], q.fragment[part][n][step][1]);
+      }
+    }
+  }
+}
+
+/// out += V codes^T * w for the 16 keys at `codes`; w as B fragments.
+template <class C>
+__device__ __forceinline__ void multiply_values(
+    float (&out)[C::kTiles][C::kDimTiles][4], const unsigned char* codes, const Places<C>& places,
+    const uint32_t (&w)[Queries<C>::kParts][C::kTiles][2]) {
+  constexpr int kWords = (C::kValueVector + 1) / 2;  // of a vector
+#pragma unroll
+  for (int v = 0; v < C::kValueVectors; ++v) {
+    uint32_t words[4][kWords];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const unsigned char* from = codes + places.value[v][k % 2] + k / 2 * 8 * C::kRowBytes;
+      if constexpr (C::kValueVector == 1) {
+        words[k][0] = *reinterpret_cast<const uint16_t*>(from);
+      } else {
+        load_words<kWords>(words[k], from);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < C::kValueVector; ++u) {
+      // A unit of two keys side by side: they are neighbours in the sum.
+      const unsigned select = u % 2 == 0 ? 0x5410u : 0x7632u;
+      const uint32_t x = __byte_perm(words[0][u / 2], words[1][u / 2], select);
+      const uint32_t y = __byte_perm(words[2][u / 2], words[3][u / 2], select);
+#pragma unroll
+      for (int i = 0; i < C::kUnitTiles; ++i) {
+        const uint4 keys = key_operands<C>(x, y, i);
+        const uint4 a{keys.x, keys.z, keys.y, keys.w};  // rows are dims: the two of a key are apart
+        const int tile = (v * C::kValueVector + u) * C::kUnitTiles + i;
+#pragma unroll
+        for (int part = 0; part < Queries<C>::kParts; ++part) {
+#pragma unroll
+          for (int n = 0; n < C::kTiles; ++n) {
+            mma_f16(out[n][tile], a, w[part][n][0], w[part][n][1]);
+          }
+        }
+      }
+    }
+  }
+}
+
+/// The dimension of out[.][tile][2 * odd] in lane g.
+template <class C>
+__device__ __forceinline__ int dim_of(int tile, int odd, int g) {
+  const int unit = tile / C::kUnitTiles, v = unit / C::kValueVector, u = unit % C::kValueVector;
+  return ((v * 8 + g) * C::kValueVector + u) * C::kUnitDims + tile % C::kUnitTiles * 2 + odd;
+}
+
+/// 1 / v, v a power of two.
+__device__ __forceinline__ float inverse_of_power(float v) {
+  return __int_as_float((254 << 23) - __float_as_int(v));
+}
+
+/// Maximum over the lanes of a column.
+__device__ __forceinline__ float column_max(float v) {
+#pragma unroll
+  for (int step = 4; step < kWarp; step *= 2) v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, step));
+  return v;
+}
+__device__ __forceinline__ float column_sum(float v) {
+#pragma unroll
+  for (int step = 4; step < kWarp; step *= 2) v += __shfl_xor_sync(kAllLanes, v, step);
+  return v;
+}
+
+/// A warp's running result for its columns, rows 2 t and 2 t + 1 of each tile.
+template <class C>
+struct Running {
+  float out[C::kTiles][C::kDimTiles][4];
+  float maximum[C::kTiles][2], sum[C::kTiles][2];
+  float zeros[C::kTiles][2];  // w . v_zero
+  float value_unit;           // 1 / the unit of Param::v_scale, a power of two
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int n = 0; n < C::kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < C::kDimTiles * 4; ++i) out[n][i / 4][i % 4] = 0.0f;
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        maximum[n][c] = kLowest;
+        sum[n][c] = zeros[n][c] = 0.0f;
+      }
+    }
+    value_unit = kFirstValueUnit;
+  }
+  __device__ __forceinline__ void scale_out(int n, int c, float factor) {
+    zeros[n][c] *= factor;
+#pragma unroll
+    for (int i = 0; i < C::kDimTiles; ++i) {
+      out[n][i][c] *= factor;
+      out[n][i][2 + c] *= factor;
+    }
+  }
+};
+
+/// The parameters of the lane's key; moves the unit of the values if its scale exceeds it.
+template <class C>
+__device__ __forceinline__ Param make_param(Running<C>& r, const unsigned char* raw, float factor) {
+  const int key = threadIdx.x % C::kKeys;
+  const auto* scales = reinterpret_cast<const uint16_t*>(raw);
+  const unsigned char* zeros = raw + C::kKeys * 4;
+  float v_scale = f16_to_float(scales[C::kKeys + key]);
+  const float poison = v_scale - v_scale;  // 0, or NaN where it is not finite
+  if (poison != 0.0f) v_scale = 0.0f;
+  if (__any_sync(kAllLanes, v_scale * r.value_unit > 1.0f)) {
+    const int bits = warp_max(__float_as_int(v_scale));
+    const float unit = __int_as_float((253 - (bits >> 23)) << 23);  // v_scale * unit in [1/2, 1)
+    const float change = unit * inverse_of_power(r.value_unit);
+#pragma unroll
+    for (int n = 0; n < C::kTiles; ++n) {
+      r.scale_out(n, 0, change);
+      r.scale_out(n, 1, change);
+    }
+    r.value_unit = unit;
+  }
+  const float scale = f16_to_float(scales[key]) * factor + poison;
+  return {scale, -scale * static_cast<float>(zeros[key]), v_scale * r.value_unit,
+          static_cast<float>(zeros[C::kKeys + key])};
+}
+
+/// Which keys of a step the lane's columns see, where not all are seen.
+template <class C>
+struct Sight {
+  uint32_t bits[C::kTiles][2];  // bit k: key k of the step
+
+  __device__ __forceinline__ void find(const AttentionArgs& a, const RowsOfBlock& rows, int key,
+                                       int length) {
+    const int lane = threadIdx.x % kWarp, t = lane % 4;
+    uint32_t seen = 0;
+#pragma unroll 1  // rare, and long
+    for (int row = 0; row < C::kRows; ++row) {
+      const int s = rows.s(row);
+      if (row < rows.rows &&
+          (row == 0 || a.mask_head_stride != 0 || (rows.first + row) % rows.group == 0)) {
+        const int limit = length - static_cast<int>(a.seq) + s + 1;
+        bool visible = key + lane < limit;
+        if (a.mask != nullptr && visible) {
+          visible =
+              key + lane < a.mask_keys &&
+              a.mask[rows.b * a.mask_batch_stride + rows.query_head(row) * a.mask_head_stride +
+                     s * a.mask_seq_stride + key + lane];
+        }
+        seen = __ballot_sync(kAllLanes, visible);
+      }
+#pragma unroll
+      for (int n = 0; n < C::kTiles; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+          if (row == n * kMmaColumns + 2 * t + c) bits[n][c] = seen;
+      }
+    }
+  }
+};
+
+/// One step: kKeys keys from `key` on, whose codes are in `stage`.
+template <class C>
+__device__ __forceinline__ void attend(Running<C>& r, const AttentionArgs& a, const Queries<C>& q,
+                                       const RowsOfBlock& rows, const Places<C>& places,
+                                       const unsigned char* stage, Param* params, int key,
+                                       int length, bool all_seen) {
+  const int lane = threadIdx.x % kWarp, g = lane / 4;
+  const Param mine = make_param(r, stage + 2 * C::kCodeBytes, q.factor);
+  if (lane < C::kKeys) params[lane] = mine;
+  float scores[C::kKeyTiles][C::kTiles][4] = {};
+#pragma unroll
+  for (int m = 0; m < C::kKeyTiles; ++m)
+    multiply_keys<C>(scores[m], stage + m * kTileKeys * C::kRowBytes, places, q);
+  __syncwarp();
+
+  float4 p[C::kKeyTiles][2];
+#pragma unroll
+  for (int m = 0; m < C::kKeyTiles; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      p[m][h] = *reinterpret_cast<const float4*>(params + m * kTileKeys + 8 * h + g);
+  }
+
+  // log2 of the weights; -inf where a key is not seen.
+  float logs[C::kKeyTiles][C::kTiles][4];
+  float peak[C::kTiles][2];
+  const auto for_scores = [&](auto&& f) {
+#pragma unroll
+    for (int n = 0; n < C::kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int m = 0; m < C::kKeyTiles; ++m) f(m, n, i);
+      }
+    }
+  };
+  const auto log_of = [&](int m, int n, int i) {
+    const float4& param = p[m][i / 2];
+    return fmaf(scores[m][n][i], param.x, fmaf(param.y, q.sum[n][i % 2], -r.maximum[n][i % 2]));
+  };
+  for_scores([&](int m, int n, int i) { logs[m][n][i] = log_of(m, n, i); });
+  Sight<C> sight;
+  if (!all_seen) {
+    sight.find(a, rows, key, length);
+    for_scores([&](int m, int n, int i) {
+      const int bit = m * kTileKeys + i / 2 * 8 + g;
+      if ((sight.bits[n][i % 2] >> bit & 1) == 0) logs[m][n][i] = -INFINITY;
+    });
+  }
+  bool rises = false;
+  for_scores([&](int m, int n, int i) { rises = rises || logs[m][n][i] > kTop; });
+  if (__any_sync(kAllLanes, rises)) {
+#pragma unroll
+    for (int n = 0; n < C::kTiles; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) peak[n][c] = kLowest;
+    }
+    // Scores from the start: the difference to kLowest has lost them.
+    for_scores([&](int m, int n, int i) {
+      const float4& param = p[m][i / 2];
+      const float score = fmaf(scores[m][n][i], param.x, param.y * q.sum[n][i % 2]);
+      logs[m][n][i] = logs[m][n][i] == -INFINITY ? -INFINITY : score;
+      peak[n][i % 2] = fmaxf(peak[n][i % 2], logs[m][n][i]);
+    });
+#pragma unroll
+    for (int n = 0; n < C::kTiles; ++n) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const float highest = column_max(peak[n][c]), old = r.maximum[n][c];
+        const float now = highest - old > kTop ? highest - kRest : old;
+        const float factor = exp2_fast(old - now);
+        r.maximum[n][c] = now;
+        r.sum[n][c] *= factor;
+        r.scale_out(n, c, factor);
+      }
+    }
+    for_scores([&](int m, int n, int i) { logs[m][n][i] -= r.maximum[n][i % 2]; });
+  }
+
+#pragma unroll
+  for (int m = 0; m < C::kKeyTiles; ++m) {
+    uint32_t w[Queries<C>::kParts][C::kTiles][2];
+#pragma unroll
+    for (int n = 0; n < C::kTiles; ++n) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float left = exp2_fast(logs[m][n][2 * h]), right = exp2_fast(logs[m][n][2 * h + 1]);
+        r.sum[n][0] += left;
+        r.sum[n][1] += right;
+        const float x = left * p[m][h].z, y = right * p[m][h].z;
+        const uint32_t pair = pack_f16x2(x, y);
+        w[0][n][h] = transpose_8x8(pair);
+        float kept_x = half_low(pair), kept_y = half_high(pair);
+        if constexpr (C::kExact) {
+          const uint32_t rest = pack_f16x2(x - kept_x, y - kept_y);
+          w[1][n][h] = transpose_8x8(rest);
+          kept_x += half_low(rest);
+          kept_y += half_high(rest);
+        }
+        r.zeros[n][0] = fmaf(kept_x, p[m][h].w, r.zeros[n][0]);
+        r.zeros[n][1] = fmaf(kept_y, p[m][h].w, r.zeros[n][1]);
+      }
+    }
+    multiply_values<C>(r.out, stage + C::kCodeBytes + m * kTileKeys * C::kRowBytes, places, w);
+  }
+}
+
+}  // namespace quarot::cuda::decode
