@@ -78,6 +78,21 @@ __device__ __forceinline__ uint32_t code_bits(float x, const Grid& grid) {
   return static_cast<uint32_t>(__float_as_int(__fadd_rn(v, kRound)) + grid.shift);
 }
 
+/// The same in fewer instructions, for values that are not exact anyway: x * inv is not rounded
+/// before it is rounded to a code.
+struct FusedGrid {
+  float inv, offset, low, high;
+
+  __device__ __forceinline__ FusedGrid(const Grid& grid, float factor)
+      : inv(grid.inv * factor),
+        offset(kRound + static_cast<float>(grid.shift)),
+        low(offset + grid.low),
+        high(offset + grid.high) {}
+  __device__ __forceinline__ uint32_t code_bits(float x) const {
+    return __float_as_uint(fminf(fmaxf(__fmaf_rn(x, inv, offset), low), high));
+  }
+};
+
 /// Four low bytes as a word.
 __device__ __forceinline__ uint32_t pack_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
@@ -96,18 +111,22 @@ __device__ __forceinline__ uint32_t unpack_nibbles(uint32_t nibbles) {
   return bytes | ((bytes & 0x08080808u) * 0x1eu);  // sign: 8 * 0x1e = 0xf0
 }
 
-/// Writes the codes of elements [i, i + 8) of all rows; i a multiple of 8.
-__device__ __forceinline__ void store_codes(const QuantizedRows& out, int64_t i,
-                                            const float (&v)[kChunk], const Grid& grid) {
-  uint32_t c[kChunk];
-#pragma unroll
-  for (int e = 0; e < kChunk; ++e) c[e] = code_bits(v[e], grid);
+/// Writes the codes, in the low bytes of c, of elements [i, i + 8) of all rows; i a multiple of 8.
+__device__ __forceinline__ void store_code_bits(const QuantizedRows& out, int64_t i,
+                                                const uint32_t (&c)[kChunk]) {
   const uint2 bytes{pack_bytes(c[0], c[1], c[2], c[3]), pack_bytes(c[4], c[5], c[6], c[7])};
   if (out.packed) {
     static_cast<uint32_t*>(out.codes)[i / kChunk] = pack_nibbles(bytes);
   } else {
     static_cast<uint2*>(out.codes)[i / kChunk] = bytes;
   }
+}
+__device__ __forceinline__ void store_codes(const QuantizedRows& out, int64_t i,
+                                            const float (&v)[kChunk], const Grid& grid) {
+  uint32_t c[kChunk];
+#pragma unroll
+  for (int e = 0; e < kChunk; ++e) c[e] = code_bits(v[e], grid);
+  store_code_bits(out, i, c);
 }
 
 }  // namespace quarot::cuda

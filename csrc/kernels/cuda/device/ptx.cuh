@@ -11,7 +11,7 @@ namespace quarot::cuda {
 
 /// The block's dynamic shared memory.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
-  extern __shared__ __align__(16) unsigned char memory[];
+  extern __shared__ __align__(128) unsigned char memory[];
   return memory;
 }
 
@@ -74,10 +74,44 @@ __device__ __forceinline__ float f16_to_float(uint16_t bits) {
   return r;
 }
 
+/// Pairs of 16-bit numbers: a * b + c; a * b; the larger ones, or NaN where one is NaN.
+__device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+__device__ __forceinline__ uint32_t mul_f16x2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+__device__ __forceinline__ uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+__device__ __forceinline__ uint32_t max_nan_f16x2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
 /// The larger one, or NaN if one of them is NaN (fmaxf drops it).
 __device__ __forceinline__ float max_nan(float a, float b) {
   float r;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+
+/// 2^a and 1 / a to 2 ulp; subnormal numbers are zeros.
+__device__ __forceinline__ float exp2_fast(float a) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(a));
+  return r;
+}
+__device__ __forceinline__ float reciprocal_fast(float a) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(a));
   return r;
 }
 
@@ -95,5 +129,12 @@ __device__ __forceinline__ void store_once(uint4* p, const uint4& v) {
                "r"(v.w)
                : "memory");
 }
+
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+/// Hides how x was computed, so that it is kept in a register rather than computed again.
+__device__ __forceinline__ void keep(int& x) { asm volatile("" : "+r"(x)); }
 
 }  // namespace quarot::cuda

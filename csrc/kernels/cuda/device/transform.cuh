@@ -1,38 +1,35 @@
-// The Hadamard transform of rows on tensor cores, for every kernel that contains one. It is longer
-// than other files because plan, load, product, exchange and butterflies share one layout.
+// The Hadamard transform of rows on tensor cores, for every kernel that contains one.
 //
-// Maths. A transform block of a row is a matrix X [order][segment]: order = K * 2^q rows, segment =
-// 2^s * inner columns, and out = F^T X (I (x) H_2^s (x) I_inner) with F = H_K (x) H_2^q. F^T X is a
-// matrix product with +-1, exact in its products; the s bits left are butterflies of additions in
-// fp32. q is the smallest one that leaves s <= 9.
+// Maths. A transform block of a row is a matrix X [order][segment], and out = F^T X (I (x) H) with
+// F = H_K (x) H_2^q of that order and H = H_2^s on the columns, s <= 8. H acts in two steps of 16
+// points on 256 neighbours, A Y B with constant 16 x 16 matrices A and B, in registers: the result
+// of the first product is an operand of the second. Bits that are not transformed are identities
+// in A and B. Then F^T X is a product whose columns are independent.
 //
-// Layout. A tile is tile_rows rows, all their blocks side by side: [order][columns], columns =
-// tile_rows * n / order. In shared memory:
+// Operands are what kMiddle says: 16 bits of the rows' type, rounded after each step, where the
+// result is rounded to 16 bits too; or pairs of f16, 22 bits together, where the result is to be as
+// good as fp32. f16 has few exponents: a block is multiplied by the power of two that takes its
+// largest element to 2^6, so that 256-point sums fit.
 //
-// * in [kOperands][order, padded to 16][pitch16]: 16-bit operands, the input itself or three bf16
-//   that add up to an fp32 exactly. Padded rows are zeros. Read by ldmatrix; the pitch is 16 bytes
-//   off a multiple of 128: no conflicts.
-// * out [order][pitch32]: fp32, columns swizzled (out_column). It may lie over `in`.
-// * signs [row tiles of F^T][column tiles][32 lanes]: fragments A.
+// Layout. A tile is tile_blocks blocks, `stacked` above each other (small orders fill 16 rows),
+// `side` side by side: [stacked * order, padded to 16][columns], 16 bits, one plane an operand.
+// In a row of it the unit of 16 bytes 4 b + c holds, for t = 0 ... 3, columns 32 b + 8 t + c and the
+// fourth after it, so that a lane of the product ends up with 8 neighbouring columns. Units are
+// swizzled (unit_swizzle) against bank conflicts. Rows of padding are zeros.
 //
-// Parallelisation. A warp multiplies 32 rows of F^T by 64 columns: 64 sums a thread, on which it
-// does the butterflies of column bits 0, 3, 4, 5. After the exchange through `out` a thread holds
-// up to 8 chunks of 8 columns, does bits 1, 2 and 6 to 8 (or all bits, where inner > 1), and hands
-// them to the sink, in the order of memory. Blocks are persistent: they go through tiles and load
-// the next one while they finish this one, where shared memory allows.
+// Parallelisation. A warp takes 256 neighbours at a time, a lane 8 of them, through A and B and
+// writes them to the tile; after a barrier it multiplies 32 rows of F^T by 64 columns. Blocks are
+// persistent and load their next tile during that product. Columns that do not fit come in parts,
+// for each of which the rows are read again, from the L2.
 //
-// A row too large for the shared memory is computed in parts, one after the other: some rows of
-// F^T, or one of its blocks; and if three operands an element are too many, they too come one after
-// the other. Such rows are read several times, from the L2.
-//
-// Bound: memory. n = 4096, 16 bits: a multiprocessor has about 29 instruction slots for an element,
-// needs about 15.
+// Bound: memory.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
+#include "kernels/cuda/device/int4.cuh"
 #include "kernels/cuda/device/launch.cuh"
 #include "kernels/cuda/device/mma.cuh"
 #include "kernels/cuda/device/vec.cuh"
@@ -43,153 +40,145 @@ namespace quarot::cuda {
 // ---- Plan ---------------------------------------------------------------------------------------
 
 constexpr int kMaxTransformThreads = 512;
-constexpr int kTransformRegisters = 65536 / kMaxTransformThreads;  // a thread, by __launch_bounds__
-constexpr int kThreadChunks = 8;                                   // 64 floats a thread
-constexpr int kWarpRows = 2 * kMmaRows;                            // of F^T, that a warp multiplies
+constexpr int kThreadChunks = 8;  // 64 elements a thread
+constexpr int kWarpRows = 2 * kMmaRows;
 constexpr int kWarpColumns = 64;
-/// Bits of H_2^s: 0 ... 5 in a warp's 64 columns and in a chunk, and 3 between a thread's chunks.
-constexpr int kColumnBits = 6;
-constexpr int kStridedBits = 3;
-/// Rows of F: more would not fit beside the data in shared memory.
-constexpr int kMaxOrder = 192;
-/// Columns of a tile of short rows, so that a block has work for several warps.
-constexpr int kTileColumns = 256;
+constexpr int kGroup = 256;  // neighbours that a warp transforms in registers
+constexpr int kGroupBits = 8;
+constexpr int kMaxOrder = 256;
+/// A unit's elements are bits 2, 3 and 4 of a group, so that these must be columns.
+constexpr int kUnitBits = 5;
 
 /// How a launch computes its transforms. All sizes in elements unless they say otherwise.
 struct TransformPlan {
   int64_t rows;
   int64_t tiles;
-  int n;  // a row
-  int tile_rows;
-  int order;           // of F
-  int row_tiles;       // of F^T, 16 rows each
-  int columns;         // of a tile
-  int column_tiles;    // of a warp's columns
-  int group_tiles;     // row tiles a warp multiplies: 2, or 1 where only that fits
-  int parts;           // of a tile, one after the other
-  int part_groups;     // groups a part
-  bool part_is_block;  // a part is a block of the row and all rows of F^T; else some rows of F^T
-  int operand_loads;   // 1: all operands are in `in` at once; else they come one after the other
-  bool reload;         // `in` is loaded anew for each part
-  int pitch16, pitch32;
-  int factor_order, log_sylvester;  // K, q
+  int n;          // a row
+  int tile_rows;  // rows of x
+  int tile_blocks;
+  int order, segment;
+  int stacked, side;
+  int depth;    // rows of the tile's matrix, whole mma tiles
+  int columns;  // of the tile's matrix, whole warps
+  int part_columns, parts;
+  int groups, batches;  // of the loads: groups of 256, or chunks; batches of them a thread's chunks
+  int thread_chunks;    // of a batch
+  bool simple;          // a tile is one batch, one part and one run of memory
+  bool wide;            // a warp multiplies 16 rows of F^T by 128 columns, not 32 by 64
+  int elements;         // of the loads
+  bool guard;           // find the blocks' largest elements before the transform
+  int row_step;         // elements between rows of the tile's matrix
+  int row_slots;        // of the sink
+  int segment_bits, block_bits, order_bits;  // of a group: column, block and row of X
   const int8_t* factor;
-  int column_bits;   // s where inner = 1, else 0
-  int strided_bits;  // bits between a thread's chunks
+  int factor_order, log_sylvester;  // K, q
   float scale;
-  bool overlay;  // `out` lies over `in`; else the next tile is loaded early
-  int in_at, out_at, slots_at, shared_bytes, threads;
-  // Chunks of n, of order * segment, of segment, of a strided bit's distance.
-  FastDiv row_chunks, block_chunks, segment_chunks, stride_chunks;
+  int plane_bytes, table_at, places_at, ranges_at, slots_at, shared_bytes, threads;
+  FastDiv row_blocks, block_size, by_order, by_segment, block_groups, side_blocks;
 };
 
-inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
+constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
-/// Plans the transform of rows of n in blocks of matrix.size * inner, with `operands` operands of
-/// 16 bits an element and slots_per_row * slot_bytes of shared memory for the sink. Returns false
-/// where the shape needs the simple kernel (any_transform.cuh).
+/// Bytes of a row of F's table: off a multiple of 128, against bank conflicts.
+__host__ __device__ constexpr int table_pitch(int depth) { return depth * 2 + 16; }
+
+/// Plans the transform of rows of n in blocks of matrix.size * inner, with `planes` operands an
+/// element and slots_per_row * slot_bytes of shared memory for the sink; dense: rows follow each
+/// other. Returns false where the
+/// shape needs the simple kernel (any_transform.cuh).
 inline bool plan_transform(TransformPlan& p, const HadamardMatrix& m, int64_t rows, int64_t n,
-                           int64_t inner, int operands, int64_t slots_per_row, int slot_bytes) {
+                           int64_t inner, bool has_columns, bool dense, int planes, bool scaled,
+                           int64_t slots_per_row, int slot_bytes) {
   const DeviceLimits device = device_limits();
   int power = 0;
   while (m.factor_order << power < m.size) ++power;
+  const int bits = !has_columns ? 0 : power < kGroupBits ? power : kGroupBits;
+  const int64_t order = m.factor_order << (power - bits), segment = inner << bits;
+  if (m.factor_order > 1 && m.factor_order % 4 != 0) return false;
+  if (order > kMaxOrder || segment % kChunk != 0 || n > (int64_t{1} << 24)) return false;
   p.rows = rows;
   p.n = static_cast<int>(n);
-  p.factor_order = static_cast<int>(m.factor_order);
   p.factor = m.factor;
-  p.scale = m.scale;
-
-  // Bits that stay in the columns: all that do not fit F, at least a chunk's 3, at most what
-  // butterflies can do.
-  int bits = inner == 1 ? (power < 3 ? power : 3) : 0;
-  const int most = inner == 1 ? kColumnBits + kStridedBits : kStridedBits;
-  while (bits < power && bits < most && (m.factor_order << (power - bits)) > kWarpRows) ++bits;
+  p.factor_order = static_cast<int>(m.factor_order);
   p.log_sylvester = power - bits;
-  p.order = static_cast<int>(m.factor_order << p.log_sylvester);
-  const int64_t segment = inner << bits;
-  if (p.order > kMaxOrder || segment % kChunk != 0) return false;
-  if (inner > 1 && bits > 0 && inner % kChunk != 0) return false;
-  p.column_bits = inner == 1 ? bits : 0;
-  p.strided_bits = inner > 1 ? bits : bits > kColumnBits ? bits - kColumnBits : 0;
-  const int stride = inner > 1 && bits > 0 ? static_cast<int>(inner) : kWarpColumns;
+  p.scale = m.scale;
+  p.row_slots = static_cast<int>(slots_per_row);
+  p.order = static_cast<int>(order);
+  p.segment = static_cast<int>(segment);
+  p.stacked = p.order <= kMmaRows / 2 && m.factor_order == 1 ? kMmaRows / p.order : 1;
+  const bool one_side = p.order > 1 && p.stacked > 1;
+  p.depth = round_up(p.stacked * p.order, kMmaRows);
+  const int size = p.order * p.segment, row_blocks = p.n / size;
 
-  p.row_tiles = static_cast<int>(ceil_div(p.order, kMmaRows));
-  p.row_chunks = FastDiv(p.n / kChunk);
-  p.segment_chunks = FastDiv(static_cast<int>(segment / kChunk));
-  p.block_chunks = FastDiv(static_cast<int>(segment / kChunk) * p.order);
-  p.stride_chunks = FastDiv(stride / kChunk);
+  // A group: as many rows of X as divide its order, blocks where these are too few.
+  p.segment_bits = bits;
+  p.block_bits = bits < kUnitBits ? kUnitBits - bits : 0;
+  p.order_bits = 0;
+  while (p.segment_bits + p.block_bits + p.order_bits < kGroupBits &&
+         p.order % (2 << p.order_bits) == 0)
+    ++p.order_bits;
+  p.block_bits = kGroupBits - p.segment_bits - p.order_bits;
+  if (!has_columns) p.block_bits = p.order_bits = 0;
+  p.guard = scaled || p.stacked > 1 || p.block_bits > 0;
 
-  /// Lays out tiles of `columns` columns with operands_at_once operands; whether they fit.
-  const auto fit = [&](int tile_rows, int columns, int parts, int operands_at_once) {
+  const int row_tiles = p.depth / kMmaRows;
+  const int warp_rows = (row_tiles + 1) / 2;
+  p.wide = row_tiles == 1;
+  const int warp_columns = p.wide ? 2 * kWarpColumns : kWarpColumns;
+  const auto fit = [&](int tile_rows, int parts) {
     p.tile_rows = tile_rows;
     p.tiles = ceil_div(rows, tile_rows);
-    p.columns = columns;
-    p.column_tiles = static_cast<int>(ceil_div(columns, kWarpColumns));
-    p.pitch16 = p.pitch32 = p.column_tiles * kWarpColumns + kChunk;
-    p.group_tiles = parts < p.row_tiles ? 2 : 1;
-    const int groups = static_cast<int>(ceil_div(p.row_tiles, p.group_tiles));
-    p.part_groups = p.part_is_block ? groups : static_cast<int>(ceil_div(groups, parts));
-    p.parts = p.part_is_block ? parts : static_cast<int>(ceil_div(groups, p.part_groups));
-    const int part_rows = p.part_groups * p.group_tiles * kMmaRows;
-    const int part_order = part_rows < p.order ? part_rows : p.order;
-    const int items = p.part_groups * p.column_tiles;
-    p.threads = items * kWarp < kMaxTransformThreads ? items * kWarp : kMaxTransformThreads;
-    const bool one_item = items * kWarp == p.threads;
-    if (part_order * columns / kChunk > p.threads * kThreadChunks || (p.reload && !one_item))
-      return false;
-
-    const int signs_bytes = p.row_tiles * p.row_tiles * kWarp * static_cast<int>(sizeof(uint4));
-    const int in_bytes = operands_at_once * p.row_tiles * kMmaRows * p.pitch16 * 2;
-    const int out_bytes = part_order * p.pitch32 * 4;
-    const int slots_bytes = round_up(static_cast<int>(tile_rows * slots_per_row) * slot_bytes, 16);
-    const int apart = signs_bytes + in_bytes + out_bytes + slots_bytes;
-    const int overlaid = signs_bytes + (in_bytes > out_bytes ? in_bytes : out_bytes) + slots_bytes;
-    const auto blocks = [&](int bytes) {
-      return device.processor_shared_bytes / (bytes + kReservedSharedBytes);
-    };
-    // Apart, the next tile is loaded early; overlaid, more blocks hide each other's loads: two of
-    // them do.
-    const bool may_overlay = one_item && (p.parts == 1 || p.reload);
-    p.overlay = may_overlay && (p.reload || apart > device.block_shared_bytes ||
-                                (blocks(apart) < 2 && blocks(overlaid) >= 2));
-    p.shared_bytes = p.overlay ? overlaid : apart;
-    p.in_at = signs_bytes;
-    p.out_at = p.overlay ? signs_bytes : signs_bytes + in_bytes;
-    p.slots_at = p.shared_bytes - slots_bytes;
-    return p.shared_bytes <= device.block_shared_bytes;
+    p.tile_blocks = tile_rows * row_blocks;
+    p.side = round_up(static_cast<int>(ceil_div(p.tile_blocks, p.stacked)), 1 << p.block_bits);
+    if (one_side && p.side > 1) return false;
+    p.row_step = p.order == 1 ? p.side * p.segment : p.segment;
+    p.columns = round_up(p.side * p.segment, warp_columns);
+    p.part_columns = round_up(static_cast<int>(ceil_div(p.columns, parts)), warp_columns);
+    p.parts = static_cast<int>(ceil_div(p.columns, p.part_columns));
+    p.threads = warp_rows * (p.part_columns / warp_columns) * kWarp;
+    const int elements = p.stacked * p.side * size;
+    p.elements = elements;
+    p.groups = elements / (has_columns ? kGroup : kChunk);
+    const int lanes = has_columns ? p.threads / kWarp : p.threads;
+    p.batches = static_cast<int>(ceil_div(p.groups, kThreadChunks * lanes));
+    p.thread_chunks =
+        p.batches == 1 ? static_cast<int>(ceil_div(p.groups, lanes)) : kThreadChunks;
+    p.simple = p.batches == 1 && p.parts == 1 && (tile_rows == 1 || dense) &&
+               (p.block_bits == 0 || p.order == 1);
+    p.plane_bytes = p.depth * p.part_columns * 2;
+    const int factor_bytes = round_up(p.factor_order * p.factor_order, 128);
+    p.table_at = planes * p.plane_bytes < factor_bytes ? factor_bytes : planes * p.plane_bytes;
+    p.places_at = p.table_at + p.depth * table_pitch(p.depth) + 2 * kMmaRows;
+    p.ranges_at = p.places_at + (has_columns ? kThreadChunks * lanes * 4 : 0);
+    p.slots_at = p.ranges_at + round_up(2 * p.stacked * p.side * 4, 16);
+    p.shared_bytes =
+        p.slots_at + round_up(static_cast<int>(tile_rows * slots_per_row) * slot_bytes, 16);
+    return p.threads <= kMaxTransformThreads && p.shared_bytes <= device.block_shared_bytes;
   };
 
-  // Whole tiles at once; or, of one row that is one block, some rows of F^T at a time.
-  const int row_columns = static_cast<int>(n / p.order);
-  int tile_rows = kTileColumns / row_columns;
-  const int64_t fair =
-      ceil_div(rows, device.processors);  // rows a tile, so that all processors work
-  if (tile_rows > fair) tile_rows = static_cast<int>(fair);
-  if (p.order > kWarpRows * 2 && tile_rows < 2)
-    tile_rows = 2;  // two rows share the reads of a large F
-  if (tile_rows > rows) tile_rows = static_cast<int>(rows);
-  if (tile_rows < 1) tile_rows = 1;
-  p.part_is_block = p.reload = false;
-  p.operand_loads = 1;
-  for (; tile_rows > 1; tile_rows /= 2) {
-    if (fit(tile_rows, tile_rows * row_columns, 1, operands)) return true;
-  }
-  const int most_parts = row_columns == segment ? p.row_tiles : 1;
-  for (int parts = 1; parts <= most_parts; ++parts) {
-    if (fit(1, row_columns, parts, operands)) return true;
-  }
+  p.row_blocks = FastDiv(row_blocks);
+  p.block_size = FastDiv(size);
+  p.by_order = FastDiv(p.order);
+  p.by_segment = FastDiv(p.segment);
+  p.block_groups = FastDiv(has_columns ? p.order >> p.order_bits : size / kChunk);
 
-  // Rows that have to be read several times.
-  p.reload = true;
-  p.part_is_block = row_columns != segment;
-  const int blocks = static_cast<int>(row_columns / segment);
-  for (p.operand_loads = 1; p.operand_loads <= operands; p.operand_loads += operands - 1) {
-    for (int parts = blocks; parts <= (p.part_is_block ? blocks : p.row_tiles); ++parts) {
-      if (fit(1, static_cast<int>(segment), parts, operands / p.operand_loads)) return true;
-    }
-    if (operands == 1) break;
+  // About 256 columns; fewer where that gives all processors work; at most what fits.
+  int64_t tile_rows = int64_t{p.stacked} * (kGroup / p.segment) / row_blocks;
+  const int64_t fair = ceil_div(rows, device.processors);
+  if (tile_rows > fair) tile_rows = fair;
+  if (tile_rows < 1) tile_rows = 1;
+  for (; tile_rows > 1; tile_rows /= 2) {
+    if (fit(static_cast<int>(tile_rows), 1)) break;
   }
-  return false;
+  if (one_side) tile_rows = p.stacked / row_blocks > 1 ? p.stacked / row_blocks : 1;
+  if (one_side && tile_rows > fair) tile_rows = fair;
+  int parts = 1;
+  while (!fit(static_cast<int>(tile_rows), parts)) {
+    if (p.part_columns == warp_columns) return false;
+    ++parts;
+  }
+  p.side_blocks = FastDiv(p.side);
+  return true;
 }
 
 /// Blocks of a launch: as many as run at the same time.
@@ -203,457 +192,664 @@ inline int64_t persistent_blocks(const TransformPlan& p) {
   return p.tiles < most ? p.tiles : most;
 }
 
-// ---- Where a chunk lies -------------------------------------------------------------------------
+// ---- Operands -----------------------------------------------------------------------------------
 
-/// Row and first column, in a tile's matrix, of chunk e of the tile, counted in the order of
-/// memory.
-struct Position {
-  int row, column;
+/// Which operands a kernel uses. kExact: nothing is rounded to 16 bits.
+template <class Source, bool kExact, bool kColumns>
+struct Operands {
+  static constexpr bool kDirect = Source::kDtype != DType::f32;  // as they are in memory
+  static constexpr bool kPairs = !kDirect || (kExact && kColumns);
+  static constexpr int kPlanes = kPairs ? 2 : 1;
+  static constexpr DType kFirst = kDirect ? Source::kDtype : DType::f16;
+  static constexpr DType kMiddle = kPairs ? DType::f16 : Source::kDtype;
+  static constexpr bool kScaled = kMiddle == DType::f16 && (kColumns || !kDirect);
 };
-__device__ __forceinline__ Position position_of(const TransformPlan& p, int e) {
-  const int block = p.block_chunks(e);
-  const int rest = e - block * p.block_chunks.divisor();
-  const int row = p.segment_chunks(rest);
-  return {row,
-          (block * p.segment_chunks.divisor() + rest - row * p.segment_chunks.divisor()) * kChunk};
+
+/// log2 of the factor that takes a block's largest element, given by its bits, below 2^7; 0 if it
+/// is not finite.
+constexpr int kTargetExponent = 6;
+template <DType kDtype>
+__device__ __forceinline__ int exponent_of(int bits) {
+  constexpr int kMost = kDtype == DType::f16 ? 15 : 100;  // as powers of two of the type
+  return bits >= kInfinityBits ? 0 : min(kTargetExponent + 127 - (bits >> 23), kMost);
+}
+__device__ __forceinline__ float power_of_two(int exponent) {
+  return __int_as_float((exponent + 127) << 23);
 }
 
-/// The swizzle of `out`: eight lanes that read 16 bytes each, 32 bytes apart, then meet all banks.
-__device__ __forceinline__ int out_column(int column) { return column ^ ((column >> 3) & 4); }
-
-// ---- Fragments of F^T ---------------------------------------------------------------------------
-
-/// F^T[row][column], 0 beyond its order.
-__device__ __forceinline__ int sign_at(const TransformPlan& p, int row, int column) {
-  if (row >= p.order || column >= p.order) return 0;
-  const int mask = (1 << p.log_sylvester) - 1;
-  int sign = __popc(row & column & mask) & 1 ? -1 : 1;
-  if (p.factor_order > 1) {
-    sign *= p.factor[(column >> p.log_sylvester) * p.factor_order + (row >> p.log_sylvester)];
-  }
-  return sign;
+/// 16 x 16 floats of a warp, in the layout of two results D side by side.
+struct Square {
+  float v[2][4];
+};
+template <DType kDtype>
+__device__ __forceinline__ uint4 to_fragment(const Square& x) {  // A
+  return {pack2<kDtype>(x.v[0][0], x.v[0][1]), pack2<kDtype>(x.v[0][2], x.v[0][3]),
+          pack2<kDtype>(x.v[1][0], x.v[1][1]), pack2<kDtype>(x.v[1][2], x.v[1][3])};
 }
 
-template <DType kOperand>
-__device__ void make_signs(const TransformPlan& p, uint4* signs) {
-  const int fragments = p.row_tiles * p.row_tiles * kWarp;
-  for (int i = threadIdx.x; i < fragments; i += blockDim.x) {
-    const int lane = i % kWarp, tile = i / kWarp;
-    const int row = tile / p.row_tiles * kMmaRows + lane / 4;
-    const int column = tile % p.row_tiles * kMmaDepth + lane % 4 * 2;
-    const auto pair = [&](int r, int c) {
-      return sign_bits<kOperand>(sign_at(p, r, c)) | sign_bits<kOperand>(sign_at(p, r, c + 1))
-                                                         << 16;
-    };
-    signs[i] = {pair(row, column), pair(row + 8, column), pair(row, column + 8),
-                pair(row + 8, column + 8)};
+/// Rounds x to fragments, one a plane: their sum is x, to 22 bits if there are two. The rest that
+/// the second one takes is x - first * I, which a tensor core computes exactly. minus: the nonzero
+/// word of the fragments of -I.
+template <DType kDtype, int kPlanes>
+__device__ __forceinline__ void to_planes(uint4 (&fragment)[kPlanes], Square x, uint32_t minus) {
+  fragment[0] = to_fragment<kDtype>(x);
+  if constexpr (kPlanes == 2) {
+    mma<kDtype>(x.v[0], fragment[0], minus, 0);
+    mma<kDtype>(x.v[1], fragment[0], 0, minus);
+    fragment[1] = to_fragment<kDtype>(x);
   }
 }
+
+/// The constant matrices of the two 16-point steps as fragments. Index bits of the steps, lowest
+/// first, are bits of the group: A's rows 5 0 1 3, its columns 0 3 5 1; B's rows 4 6 7 2, its
+/// columns 2 6 7 4.
+struct GroupSigns {
+  uint4 a;
+  uint2 b[2];  // columns 0-7 and 8-15
+  uint32_t minus;
+};
+
+/// The four bits of `index` to the bits of a group that `to` names, a nibble each.
+__device__ __forceinline__ int spread_bits(int index, int to) {
+  int x = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x |= (index >> i & 1) << (to >> 4 * i & 15);
+  return x;
+}
+
+template <DType kFirst, DType kMiddle>
+__device__ __forceinline__ GroupSigns make_group_signs(int segment_bits) {
+  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  const int mask = (1 << segment_bits) - 1;
+  const auto sign = [&](int x, int y) {
+    if (((x ^ y) & ~mask) != 0) return 0;
+    return __popc(x & y & mask) & 1 ? -1 : 1;
+  };
+  const auto pair_a = [&](int row, int column) {
+    const int i = spread_bits(row, 0x3105);
+    return sign_bits<kFirst>(sign(i, spread_bits(column, 0x1530))) |
+           sign_bits<kFirst>(sign(i, spread_bits(column + 1, 0x1530))) << 16;
+  };
+  const auto pair_b = [&](int row, int column) {
+    const int j = spread_bits(column, 0x4762);
+    return sign_bits<kMiddle>(sign(spread_bits(row, 0x2764), j)) |
+           sign_bits<kMiddle>(sign(spread_bits(row + 1, 0x2764), j)) << 16;
+  };
+  GroupSigns s;
+  s.a = {pair_a(g, 2 * t), pair_a(g + 8, 2 * t), pair_a(g, 2 * t + 8), pair_a(g + 8, 2 * t + 8)};
+  s.b[0] = {pair_b(2 * t, g), pair_b(2 * t + 8, g)};
+  s.b[1] = {pair_b(2 * t, g + 8), pair_b(2 * t + 8, g + 8)};
+  s.minus = (2 * t == g ? sign_bits<kMiddle>(-1) : 0) |
+            (2 * t + 1 == g ? sign_bits<kMiddle>(-1) << 16 : 0);
+  return s;
+}
+
+// ---- F's table: F [depth][depth] of the middle type, F = I (x) H_K (x) H_2^q ---------------------
+
+/// Four signs, a byte each, as 16-bit numbers.
+template <DType kDtype>
+__device__ __forceinline__ uint2 expand_signs(uint32_t bytes) {
+  constexpr uint32_t kOnes = sign_bits<kDtype>(1) * 0x10001u;
+  return {(__byte_perm(bytes, 0, 0x1404) & 0x80008000u) | kOnes,
+          (__byte_perm(bytes, 0, 0x3424) & 0x80008000u) | kOnes};
+}
+
+/// The factor's signs, copied to `staged` [K, K] without waiting for one after the other.
+__device__ __forceinline__ void stage_factor(const TransformPlan& p, int8_t* staged) {
+  const int count = p.factor_order > 1 ? p.factor_order * p.factor_order : 0;
+  if (reinterpret_cast<uintptr_t>(p.factor) % 16 == 0 && count % 16 == 0) {
+    for (int i = threadIdx.x * 16; i < count; i += blockDim.x * 16)
+      cp_async_16(shared_address(staged + i), p.factor + i);
+  } else {
+    for (int i = threadIdx.x; i < count; i += blockDim.x) staged[i] = p.factor[i];
+  }
+  cp_async_wait_all();
+}
+
+template <DType kDtype>
+__device__ __forceinline__ void make_table(const TransformPlan& p, const int8_t* staged,
+                                           unsigned char* table) {
+  const int q = p.log_sylvester, low = (1 << q) - 1;
+  for (int k = threadIdx.x / kWarp; k < p.depth; k += blockDim.x / kWarp) {
+    const int block = p.by_order(k), x = k - block * p.order, y = x & low;
+    const int8_t* row = staged + (x >> q) * p.factor_order;
+    const uint32_t flips = (y & 1 ? 0x80008000u : 0) ^ (y & 2 ? 0x80800000u : 0);
+    for (int m = threadIdx.x % kWarp * 4; m < p.depth; m += kWarp * 4) {
+      uint2 words{0, 0};
+      if (p.stacked > 1) {  // small Sylvester matrices
+        uint32_t w[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int other = p.by_order(m + e), z = m + e - other * p.order;
+          w[e] = other != block ? 0 : sign_bits<kDtype>(__popc(x & z) & 1 ? -1 : 1);
+        }
+        words = {w[0] | w[1] << 16, w[2] | w[3] << 16};
+      } else if (k < p.order && m < p.order) {
+        uint32_t signs = flips ^ (__popc(y & m) & 1 ? 0x80808080u : 0);
+        if (p.factor_order > 1) {
+          const int8_t* from = row + (m >> q);
+          if (q == 0) {
+            signs ^= *reinterpret_cast<const uint32_t*>(from);
+          } else if (q == 1) {
+            signs ^= __byte_perm(*reinterpret_cast<const uint16_t*>(from), 0, 0x1100);
+          } else {
+            signs ^= __byte_perm(static_cast<uint8_t>(*from), 0, 0x0000);
+          }
+        }
+        words = expand_signs<kDtype>(signs);
+      }
+      *reinterpret_cast<uint2*>(table + k * table_pitch(p.depth) + m * 2) = words;
+    }
+  }
+}
+
+// ---- The tile in shared memory ------------------------------------------------------------------
+
+/// What is xored to the low three bits of a unit's number in row k, in the columns [64 c, 64 c +
+/// 64).
+__device__ __forceinline__ int unit_swizzle(int k, int c) {
+  return (k & 7) ^ (c & 3);
+}
+
+/// Byte address, in a plane, of the unit of row k in which columns begin like `column`: bits 0, 1
+/// and 5 up count.
+__device__ __forceinline__ int unit_address(const TransformPlan& p, int k, int column) {
+  const int unit = column >> 5 << 2 | (column & 3);
+  return k * p.part_columns * 2 + ((unit ^ unit_swizzle(k, column >> 6)) << 4);
+}
+
+/// Where elements lie: a block of the tile, and a row and a column of its X.
+struct Position {
+  int block, row, column;
+};
 
 // ---- Steps --------------------------------------------------------------------------------------
 
-/// Zeros in the rows of `in` beyond the order.
-__device__ __forceinline__ void clear_padding(const TransformPlan& p, uint16_t* in, int operands) {
-  const int rows = p.row_tiles * kMmaRows - p.order, width = p.pitch16 / kChunk;
-  if (rows == 0) return;
-  for (int o = 0; o < operands; ++o) {
-    auto* first = reinterpret_cast<uint4*>(in + (o * p.row_tiles * kMmaRows + p.order) * p.pitch16);
-    for (int i = threadIdx.x; i < rows * width; i += blockDim.x) first[i] = {0, 0, 0, 0};
-  }
-}
+/// A chunk as it waits in registers: words of 16-bit elements, or floats.
+template <bool kDirect>
+struct Held {
+  uint32_t w[4];
+};
+template <>
+struct Held<false> {
+  float v[kChunk];
+};
 
-/// Loads tile `tile` into `in`: all of it, or one block (block >= 0); all operands, or one (operand
-/// >= 0).
-template <class Source>
-__device__ __forceinline__ void load_tile(const TransformPlan& p, const Source& source,
-                                          int64_t tile, uint16_t* in, int block = -1,
-                                          int operand = -1) {
-  const int64_t first_row = tile * p.tile_rows;
-  const int rows = static_cast<int>(min(static_cast<int64_t>(p.tile_rows), p.rows - first_row));
-  const int chunks = block < 0 ? rows * p.row_chunks.divisor() : p.block_chunks.divisor();
-  const int first_column = block < 0 ? 0 : block * p.block_chunks.divisor() * kChunk;
-  const int distance = p.row_tiles * kMmaRows * p.pitch16;
-  const auto target = [&](int e) {
-    const Position at = position_of(p, e);
-    return in + at.row * p.pitch16 + at.column;
-  };
-  if constexpr (Source::kOperands == 1) {
-    for (int e = threadIdx.x; e < chunks; e += blockDim.x) {
-      const int row = p.row_chunks(e);
-      const int column = (e - row * p.row_chunks.divisor()) * kChunk + first_column;
-      cp_async_16(shared_address(target(e)), source.address(first_row + row, column));
+/// Loads, measures and spreads a thread's chunks of a tile: one of each of its groups of 256
+/// neighbours; without columns, any chunk.
+template <class Source, class Op, bool kColumns, bool kSimple, bool kOne>
+struct Loader {
+  using Chunk8 = Held<Op::kDirect>;
+  static constexpr int kInputs = Op::kDirect ? 1 : Op::kPlanes;
+
+  const TransformPlan& p;
+  const Source& source;
+  unsigned char* data;
+  int* places;  // [warp][chunk] the address of the group's first unit
+  GroupSigns signs;
+  int first_chunk;  // of the thread, in the tile; kSimple
+  int lane_chunk;   // the lane's chunk in a group: its first element
+  int unit;         // the first element of its unit
+  int unit_offset;  // the address of that
+  int unit_bits;    // to be xored to the address
+
+  __device__ __forceinline__ Loader(const TransformPlan& plan, const Source& from,
+                                    unsigned char* shared)
+      : p(plan), source(from), data(shared), places(reinterpret_cast<int*>(shared + p.places_at)) {
+    const int l = threadIdx.x % kWarp;
+    // Lane (g, t): bits 4 6 7 of its chunk are g, bits 3 5 are t. Of its unit, 5 0 1 and 6 7.
+    lane_chunk = kColumns ? (l & 1) << 3 | (l >> 1 & 1) << 5 | (l >> 2 & 1) << 4 | (l >> 3) << 6
+                          : l * kChunk;
+    first_chunk = threadIdx.x / kWarp * kGroup + lane_chunk;
+    keep(first_chunk);
+    signs = make_group_signs<Op::kFirst, Op::kMiddle>(p.segment_bits);
+    if constexpr (kColumns) {
+      const int row_bit = p.segment_bits + p.block_bits;
+      unit = (l >> 2 & 1) << 5 | l >> 3 | (l & 3) << 6;
+      const int at = unit_address(p, unit >> row_bit, unit & ((1 << row_bit) - 1));
+      unit_bits = at & 0x70;
+      unit_offset = at - unit_bits;
+      keep(unit_bits);
+      keep(unit_offset);
     }
-    clear_padding(p, in, 1);
-  } else {
-    constexpr int kInFlight = Source::kInFlight < 4 ? Source::kInFlight : 4;
-    for (int first = threadIdx.x; first < chunks;
-         first += kInFlight * static_cast<int>(blockDim.x)) {
-      typename Source::Raw raw[kInFlight];
+  }
+
+  __device__ __forceinline__ int index(int batch, int i) const {
+    const int lanes = kColumns ? blockDim.x / kWarp : blockDim.x;
+    const int lane = kColumns ? threadIdx.x / kWarp : threadIdx.x;
+    return (batch * kThreadChunks + i) * lanes + lane;
+  }
+  /// Of element `at` of group g; without columns, of chunk g.
+  __device__ __forceinline__ Position position(int g, int at) const {
+    const int blocks = p.block_groups(g);
+    const int rest = g - blocks * p.block_groups.divisor();
+    if constexpr (kColumns) {
+      return {(blocks << p.block_bits) + (at >> p.segment_bits & ((1 << p.block_bits) - 1)),
+              (rest << p.order_bits) + (at >> (p.segment_bits + p.block_bits)),
+              at & ((1 << p.segment_bits) - 1)};
+    } else {
+      const int row = p.by_segment(rest * kChunk);
+      return {blocks, row, rest * kChunk - row * p.segment};
+    }
+  }
+  /// Row and column of the tile's matrix.
+  __device__ __forceinline__ int2 place(const Position& at) const {
+    const int above = p.stacked > 1 ? p.side_blocks(at.block) : 0;
+    return {above * p.order + at.row,
+            (at.block - above * p.side) * p.segment + at.column};
+  }
+  __device__ __forceinline__ int place_of(int g) const {
+    const int2 at = place(position(g, 0));
+    return unit_address(p, at.x, at.y);
+  }
+  /// Fills `places`.
+  __device__ __forceinline__ void make_places() const {
+    const int warps = blockDim.x / kWarp;
+    for (int i = threadIdx.x; i < kThreadChunks * warps; i += blockDim.x) {
+      places[i] = place_of(i % kThreadChunks * warps + i / kThreadChunks);
+    }
+  }
+
+  __device__ __forceinline__ int chunk_at(int i) const {
+    return first_chunk + i * static_cast<int>(blockDim.x) * kChunk;
+  }
+  __device__ __forceinline__ void fetch(typename Source::Raw (&raw)[kThreadChunks], int64_t tile,
+                                        int batch) const {
+    const int64_t first = tile * p.tile_rows;
+    const int rows = static_cast<int>(min(p.rows - first, int64_t{p.tile_rows}));
+    const char* run = source.row(first);
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int e = first + i * static_cast<int>(blockDim.x);
-        if (e >= chunks) continue;
-        const int row = p.row_chunks(e);
-        raw[i] = source.load(first_row + row,
-                             (e - row * p.row_chunks.divisor()) * kChunk + first_column);
-      }
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int e = first + i * static_cast<int>(blockDim.x);
-        if (e >= chunks) continue;
-        float v[kChunk];
-        source.values(v, raw[i]);
-        uint16_t* to = target(e);
-        // v = bf16 + bf16 + bf16, exactly: 24 bits are three times 8.
-#pragma unroll
-        for (int o = 0; o < Source::kOperands; ++o) {
-          uint32_t w[4];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            w[j] = pack_bf16x2(v[2 * j], v[2 * j + 1]);
-            v[2 * j] -= bf16_low(w[j]);
-            v[2 * j + 1] -= bf16_high(w[j]);
-          }
-          if (operand < 0 || operand == o) {
-            *reinterpret_cast<uint4*>(to) = {w[0], w[1], w[2], w[3]};
-            to += distance;
-          }
+    for (int i = 0; i < kThreadChunks; ++i) {
+      if (kSimple) {
+        if (i >= p.thread_chunks) continue;
+        raw[i] = {};
+        if (chunk_at(i) < rows * p.n) raw[i] = source.load_from(run, chunk_at(i));
+      } else {
+        raw[i] = {};
+        const int g = index(batch, i);
+        const Position at = position(g, kColumns ? lane_chunk : 0);
+        const int row = p.row_blocks(at.block);
+        if (g < p.groups && row < rows) {
+          raw[i] = source.load(first + row, (at.block - row * p.row_blocks.divisor()) *
+                                                    p.block_size.divisor() +
+                                                at.row * p.segment + at.column);
         }
       }
     }
-    clear_padding(p, in, operand < 0 ? Source::kOperands : 1);
   }
-}
+  /// Asks the L2 for a tile.
+  __device__ __forceinline__ void announce(int64_t tile) const {
+    if constexpr (kSimple) {
+      const int64_t first = tile * p.tile_rows;
+      const int rows = static_cast<int>(min(p.rows - first, int64_t{p.tile_rows}));
+      const char* run = source.row(first);
+      // A lane a line of 128 bytes.
+      for (int at = static_cast<int>(threadIdx.x) * (128 / Source::kBytes); at < rows * p.n;
+           at += static_cast<int>(blockDim.x) * (128 / Source::kBytes)) {
+        source.announce(run, at);
+      }
+    }
+  }
+  __device__ __forceinline__ void hold(Chunk8& held, const typename Source::Raw& raw) const {
+    if constexpr (Op::kDirect) {
+      const uint4 w = raw.words[0];
+      held.w[0] = w.x, held.w[1] = w.y, held.w[2] = w.z, held.w[3] = w.w;
+    } else {
+      source.values(held.v, raw);
+    }
+  }
 
-__device__ __forceinline__ void clear_sums(float (&sum)[2][8][4]) {
+  /// Bits of the largest magnitude, or of a NaN.
+  __device__ __forceinline__ int largest(const Chunk8& held) const {
+    if constexpr (Op::kDirect) {
+      const uint32_t a = max_pairs<Op::kFirst>(held.w[0] & 0x7fff7fffu, held.w[1] & 0x7fff7fffu);
+      const uint32_t b = max_pairs<Op::kFirst>(held.w[2] & 0x7fff7fffu, held.w[3] & 0x7fff7fffu);
+      const uint32_t c = max_pairs<Op::kFirst>(a, b);
+      return __float_as_int(max_nan(to_float<Op::kFirst>(c), to_float<Op::kFirst>(c >> 16))) &
+             0x7fffffff;
+    } else {
+      float most = 0.0f;
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) most = max_nan(most, fabsf(held.v[j]));
+      return __float_as_int(most) & 0x7fffffff;
+    }
+  }
+  __device__ __forceinline__ int block_of(int batch, int i) const {
+    if constexpr (kSimple) return p.block_size(chunk_at(i));
+    return position(index(batch, i), kColumns ? lane_chunk : 0).block;
+  }
+  __device__ __forceinline__ bool has_chunk(int batch, int i) const {
+    return kSimple ? chunk_at(i) < p.elements : index(batch, i) < p.groups;
+  }
+  __device__ __forceinline__ void measure(const Chunk8 (&held)[kThreadChunks], int batch,
+                                          int* ranges) const {
+    int most = 0;
+#pragma unroll
+    for (int i = 0; i < kThreadChunks; ++i) {
+      if (i >= p.thread_chunks) continue;
+      const int bits = largest(held[i]);
+      if constexpr (kOne) {
+        most = max(most, bits);
+      } else if (has_chunk(batch, i)) {
+        atomicMax(ranges + block_of(batch, i), bits);
+      }
+    }
+    if constexpr (kOne) {
+      most = __reduce_max_sync(0xffffffffu, most);
+      if (threadIdx.x % kWarp == 0) atomicMax(ranges, most);
+    }
+  }
+
+  /// The chunk's values as operands B of the first step, in the order of Square's words.
+  __device__ __forceinline__ void inputs(uint4 (&in)[kInputs], const Chunk8& held,
+                                         int range) const {
+    const bool dead = !kOne && range >= kInfinityBits;  // must not reach other blocks
+    const int e = Op::kScaled ? exponent_of<Op::kFirst>(range) : 0;
+    if constexpr (Op::kDirect) {
+      uint32_t w[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        w[j] = Op::kScaled ? scale_pair<Op::kFirst>(held.w[j], e) : held.w[j];
+        if (dead) w[j] = 0;
+      }
+      in[0] = {w[0], w[2], w[1], w[3]};
+    } else {
+      const float factor = power_of_two(e);
+      float v[kChunk];
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) v[j] = dead ? 0.0f : held.v[j] * factor;
+      const Square square{{{v[0], v[1], v[4], v[5]}, {v[2], v[3], v[6], v[7]}}};
+      to_planes<Op::kMiddle>(in, square, signs.minus);
+    }
+  }
+
+  /// Transforms the columns of a thread's chunks and writes those of `part` to the tile.
+  __device__ __forceinline__ void spread(const Chunk8 (&held)[kThreadChunks], int batch, int part,
+                                         const int* ranges) const {
+    const int first_column = part * p.part_columns;
+    const int common = kOne && Op::kScaled ? ranges[0] : 0;
+    int place[kThreadChunks];
+    if constexpr (kSimple && kColumns) {
+      const auto* from = reinterpret_cast<const int4*>(places) + threadIdx.x / kWarp * 2;
+      const int4 low = from[0], high = from[1];
+      place[0] = low.x, place[1] = low.y, place[2] = low.z, place[3] = low.w;
+      place[4] = high.x, place[5] = high.y, place[6] = high.z, place[7] = high.w;
+    }
+#pragma unroll
+    for (int i = 0; i < kThreadChunks; ++i) {
+      if (i >= p.thread_chunks) continue;
+      const int g = index(batch, i);
+      int range = common;
+      if (!kOne && p.guard) range = has_chunk(batch, i) ? ranges[block_of(batch, i)] : 0;
+      if constexpr (kColumns) {
+        uint4 in[kInputs];
+        inputs(in, held[i], range);
+        Square x{};
+#pragma unroll
+        for (int o = kInputs - 1; o >= 0; --o) {  // the small ones first
+          mma<Op::kFirst>(x.v[0], signs.a, in[o].x, in[o].z);
+          mma<Op::kFirst>(x.v[1], signs.a, in[o].y, in[o].w);
+        }
+        uint4 word[Op::kPlanes];
+        to_planes<Op::kMiddle>(word, x, signs.minus);
+        x = {};
+#pragma unroll
+        for (int o = Op::kPlanes - 1; o >= 0; --o) {
+          mma<Op::kMiddle>(x.v[0], word[o], signs.b[0].x, signs.b[0].y);
+          mma<Op::kMiddle>(x.v[1], word[o], signs.b[1].x, signs.b[1].y);
+        }
+        to_planes<Op::kMiddle>(word, x, signs.minus);
+        bool mine = has_chunk(batch, i);
+        int to = ((kSimple ? place[i] : place_of(g)) ^ unit_bits) + unit_offset;
+        if constexpr (!kSimple) {
+          const int2 at = this->place(position(g, unit));
+          mine = mine && at.y >= first_column && at.y < first_column + p.part_columns;
+          to -= first_column * 2;
+        }
+        if (mine) {
+#pragma unroll
+          for (int o = 0; o < Op::kPlanes; ++o)
+            *reinterpret_cast<uint4*>(data + o * p.plane_bytes + to) = word[o];
+        }
+      } else {
+        uint4 in[kInputs];
+        inputs(in, held[i], range);
+        const int2 at = this->place(position(g, 0));
+        const int column = at.y - first_column;
+        if (g >= p.groups || column < 0 || column >= p.part_columns) continue;
+        const int first = unit_address(p, at.x, at.y) - first_column * 2 + (column >> 3 & 3) * 4;
+#pragma unroll
+        for (int o = 0; o < kInputs; ++o) {
+          unsigned char* to = data + o * p.plane_bytes;
+          const uint4 w = in[o];  // elements 0 1, 4 5, 2 3, 6 7
+          store_word(to, first, __byte_perm(w.x, w.y, 0x5410));
+          store_word(to, first ^ 0x10, __byte_perm(w.x, w.y, 0x7632));
+          store_word(to, first ^ 0x20, __byte_perm(w.z, w.w, 0x5410));
+          store_word(to, first ^ 0x30, __byte_perm(w.z, w.w, 0x7632));
+        }
+      }
+    }
+  }
+  static __device__ __forceinline__ void store_word(unsigned char* to, int at, uint32_t word) {
+    *reinterpret_cast<uint32_t*>(to + at) = word;
+  }
+};
+
+/// What a warp multiplied: 32 rows of F^T by 64 columns, or 16 by 128. Its lanes have chunks of 8
+/// neighbours; chunk i is element offset(i) of the tile, in the order of memory, or nothing where
+/// that is < 0.
+struct Product {
+  static constexpr int kNone = 1 << 30;
+  float sum[2][8][4];  // of the two mma tiles of rows, or the two halves of the columns
+  int first[2][2];     // element of row 0 and columns 0 and 32 of each
+  int row[2];          // of the tile's matrix
+  int row_step, rows, end;
+
+  __device__ __forceinline__ int offset(int i) const {
+    const int e = first[i / 4][i % 2] + (i / 2 % 2 ? row_step : 0);
+    return e < end && row[i / 4] + i / 2 % 2 * 8 < rows ? e : -1;
+  }
+  __device__ __forceinline__ void values(float (&v)[kChunk], int i) const {
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) v[j] = sum[i / 4][i % 2 * 4 + j % 4][i / 2 % 2 * 2 + j / 4];
+  }
+};
+
+template <DType kMiddle, int kPlanes>
+__device__ __forceinline__ void multiply(Product& product, const TransformPlan& p,
+                                         const unsigned char* data, const unsigned char* table,
+                                         int part, int blocks) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int tiles = p.part_columns / kWarpColumns / (p.wide ? 2 : 1);
+  const int group = warp / tiles, tile = (warp - group * tiles) * (p.wide ? 2 : 1);
+  const int pitch = p.part_columns * 2, row_tiles = p.depth / kMmaRows;
+  auto& sum = product.sum;
 #pragma unroll
   for (int m = 0; m < 2; ++m)
 #pragma unroll
     for (int c = 0; c < 8; ++c)
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum[m][c][i] = 0.0f;
-}
 
-/// sum[row tile][columns of 8][fragment] += two row tiles of F^T times 64 columns of `in`.
-///
-/// Tensor cores truncate the sums that they carry. For 16-bit inputs that is below the rounding of
-/// the result; three operands an element are to be as good as fp32 (kFold): their products are
-/// summed from zero in each step of 16 rows, and the steps' sums are added with rounding.
-template <DType kOperand, int kOperands, bool kFold>
-__device__ __forceinline__ void multiply(float (&sum)[2][8][4], const TransformPlan& p,
-                                         const uint4* signs, const uint16_t* in, int group,
-                                         int column_tile) {
-  static_assert(kFold || kOperands == 1);
-  const int lane = threadIdx.x % kWarp;
-  const int row_tile = group * p.group_tiles;
-  const bool two = p.group_tiles == 2 && row_tile + 1 < p.row_tiles;
-  const uint4* a = signs + row_tile * p.row_tiles * kWarp + lane;
-  // The address of the row that this lane gives to ldmatrix: depths 0-7 and 8-15 of 8 columns, then
-  // of the next 8.
-  const uint32_t row = shared_address(in + lane % 16 * p.pitch16 + column_tile * kWarpColumns +
-                                      lane / 16 * kMmaColumns);
-  const uint32_t operand_bytes = static_cast<uint32_t>(p.row_tiles * kMmaRows * p.pitch16) * 2;
-  for (int depth = 0; depth < p.row_tiles; ++depth) {
-    const uint4 a0 = a[depth * kWarp];
-    const uint4 a1 = two ? a[(p.row_tiles + depth) * kWarp] : uint4{0, 0, 0, 0};
-    const uint32_t from = row + static_cast<uint32_t>(depth * kMmaDepth * p.pitch16) * 2;
+  const uint32_t a_at = shared_address(table + ((lane & 7) + lane / 16 * 8) * table_pitch(p.depth) +
+                                       (group * kWarpRows + (lane & 8)) * 2);
+  const auto b_from = [&](int at) {
+    const int swizzle = unit_swizzle(lane, part * (p.part_columns / kWarpColumns) + at);
+    return shared_address(data + lane % 16 * pitch) +
+           static_cast<uint32_t>(at * kWarpColumns * 2 + ((lane / 16 ^ swizzle) << 4));
+  };
+  const uint32_t b_at = b_from(tile);
+  const auto multiply_tile = [&](float (&to)[8][4], const uint32_t (&a)[4], uint32_t from) {
 #pragma unroll
     for (int c = 0; c < 8; c += 2) {
-      float step[2][2][4] = {};
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, from ^ static_cast<uint32_t>(c << 4));
+      mma<kMiddle>(to[c], {a[0], a[1], a[2], a[3]}, b[0], b[1]);
+      mma<kMiddle>(to[c + 1], {a[0], a[1], a[2], a[3]}, b[2], b[3]);
+    }
+  };
+  if (p.wide) {  // then row_tiles = 1
+    const uint32_t b_next = b_from(tile + 1);
+    uint32_t a[4];
+    ldmatrix_x4_trans(a, a_at);
 #pragma unroll
-      for (int o = kOperands - 1; o >= 0; --o) {  // the small ones first
-        uint32_t b[4];
-        ldmatrix_x4_trans(b, from + static_cast<uint32_t>(o) * operand_bytes +
-                                 static_cast<uint32_t>(c) * kMmaColumns * 2);
+    for (int o = kPlanes - 1; o >= 0; --o) {  // the small ones first
+      multiply_tile(sum[0], a, b_at + static_cast<uint32_t>(o * p.plane_bytes));
+      multiply_tile(sum[1], a, b_next + static_cast<uint32_t>(o * p.plane_bytes));
+    }
+  } else {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          mma<kOperand>(kFold ? step[0][i] : sum[0][c + i], a0, b[2 * i], b[2 * i + 1]);
-          if (two) mma<kOperand>(kFold ? step[1][i] : sum[1][c + i], a1, b[2 * i], b[2 * i + 1]);
+    for (int o = kPlanes - 1; o >= 0; --o) {
+      uint32_t from = b_at + static_cast<uint32_t>(o * p.plane_bytes), signs = a_at;
+#pragma unroll 2
+      for (int k = 0; k < row_tiles; ++k) {
+        uint32_t a0[4], a1[4];  // the second may lie beyond the table: then its results are not used
+        ldmatrix_x4_trans(a0, signs);
+        ldmatrix_x4_trans(a1, signs + kMmaRows * 2);
+#pragma unroll
+        for (int c = 0; c < 8; c += 2) {
+          uint32_t b[4];
+          ldmatrix_x4_trans(b, from ^ static_cast<uint32_t>(c << 4));
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            mma<kMiddle>(sum[0][c + i], {a0[0], a0[1], a0[2], a0[3]}, b[2 * i], b[2 * i + 1]);
+            mma<kMiddle>(sum[1][c + i], {a1[0], a1[1], a1[2], a1[3]}, b[2 * i], b[2 * i + 1]);
+          }
         }
-      }
-      if constexpr (kFold) {
-#pragma unroll
-        for (int m = 0; m < 2; ++m)
-#pragma unroll
-          for (int i = 0; i < 2; ++i)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) sum[m][c + i][e] += step[m][i][e];
+        from += static_cast<uint32_t>(kMmaDepth * pitch);
+        signs += static_cast<uint32_t>(kMmaDepth * table_pitch(p.depth));
       }
     }
   }
-}
 
-/// The butterflies to do, as in TransformPlan.
-struct StageBits {
-  int column, strided;
-};
-constexpr int kAnyBits = -1;
-/// Those of H_2^s where inner = 1.
-__host__ __device__ constexpr StageBits stage_bits(int column_bits) {
-  return {column_bits, column_bits > kColumnBits ? column_bits - kColumnBits : 0};
-}
-
-__device__ __forceinline__ void butterfly(float& a, float& b) {
-  const float t = a;
-  a = t + b;
-  b = t - b;
-}
-
-/// Column bits 0, 3, 4, 5 of a warp's 64 columns: a lane has columns 8 c + 2 t and the next.
-__device__ __forceinline__ void butterflies_in_sums(float (&sum)[2][8][4], int column_bits) {
+  const int size = p.block_size.divisor();
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
-    if (column_bits > 0) {
-#pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        butterfly(sum[m][c][0], sum[m][c][1]);
-        butterfly(sum[m][c][2], sum[m][c][3]);
-      }
-    }
-#pragma unroll
-    for (int bit = 0; bit < 3; ++bit) {
-      if (column_bits > 3 + bit) {
-#pragma unroll
-        for (int c = 0; c < 8; ++c) {
-          if ((c >> bit & 1) != 0) continue;
-#pragma unroll
-          for (int i = 0; i < 4; ++i) butterfly(sum[m][c][i], sum[m][c | 1 << bit][i]);
-        }
-      }
-    }
-  }
-}
-
-/// Writes a warp's sums into `out`, whose first row is row first_row of F^T X.
-__device__ __forceinline__ void put_sums(const TransformPlan& p, float* out,
-                                         const float (&sum)[2][8][4], int group, int column_tile,
-                                         int first_row) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
+    product.row[m] = group * kWarpRows + (p.wide ? 0 : m * kMmaRows) + lane / 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = (group * p.group_tiles + m) * kMmaRows + half * 8 + lane / 4;
-      if (row >= p.order || m >= p.group_tiles) continue;
-      float* to = out + (row - first_row) * p.pitch32;
-#pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        const int column = column_tile * kWarpColumns + c * 8 + lane % 4 * 2;
-        *reinterpret_cast<float2*>(to + out_column(column)) = {sum[m][c][2 * half],
-                                                               sum[m][c][2 * half + 1]};
-      }
+      const int column = part * p.part_columns + (tile + (p.wide ? m : 0)) * kWarpColumns +
+                         half * 32 + lane % 4 * kChunk;
+      const int beside = p.by_segment(column);
+      product.first[m][half] = beside < p.side ? beside * size + column - beside * p.segment +
+                                                     product.row[m] * p.row_step
+                                               : Product::kNone;
     }
   }
-}
-
-/// A thread's chunks after the transform: chunk i is chunk index(i) of the tile, or nothing (then
-/// zeros) where that is < 0.
-struct ThreadChunks {
-  float v[kThreadChunks][kChunk];
-  uint32_t indices[kThreadChunks /
-                   2];  // 16 bits each: registers are short, and a tile has at most 2^16 elements
-
-  __device__ __forceinline__ int index(int i) const {
-    return static_cast<int16_t>(indices[i / 2] >> (i % 2 * 16));
-  }
-  __device__ __forceinline__ void set_index(int i, int e) {
-    const uint32_t bits = static_cast<uint32_t>(e) & 0xffffu;
-    indices[i / 2] = i % 2 == 0 ? bits : indices[i / 2] | bits << 16;
-  }
-};
-
-/// Reads this thread's chunks of a part, which has `chunks` of them, and does the butterflies that
-/// are left. The part starts at chunk first_chunk of the tile. Chunks that a strided bit joins are
-/// neighbours in a thread: a unit of 2^strided_bits.
-__device__ __forceinline__ void take_chunks(ThreadChunks& t, const TransformPlan& p,
-                                            const StageBits& bits, const float* out, int chunks,
-                                            int first_chunk) {
-  const int mask = (1 << bits.strided) - 1;
-  const int units = chunks >> bits.strided;
-  const int stride = p.stride_chunks.divisor();
-  int e = -1;
-  Position at{0, 0};
-#pragma unroll
-  for (int i = 0; i < kThreadChunks; ++i) {
-    if ((i & mask) == 0) {
-      const int unit =
-          static_cast<int>(threadIdx.x) + (i >> bits.strided) * static_cast<int>(blockDim.x);
-      const int major = p.stride_chunks(unit);
-      e = unit < units ? (major << bits.strided) * stride + unit - major * stride : -1;
-      if (e >= 0) at = position_of(p, e);
-    } else {
-      e = e < 0 ? -1 : e + stride;
-      at.column += stride * kChunk;
-    }
-    t.set_index(i, e < 0 ? -1 : e + first_chunk);
-    if (e >= 0) {
-      const float* from = out + at.row * p.pitch32;
-      const float4 a = *reinterpret_cast<const float4*>(from + out_column(at.column));
-      const float4 b = *reinterpret_cast<const float4*>(from + out_column(at.column + 4));
-      t.v[i][0] = a.x, t.v[i][1] = a.y, t.v[i][2] = a.z, t.v[i][3] = a.w;
-      t.v[i][4] = b.x, t.v[i][5] = b.y, t.v[i][6] = b.z, t.v[i][7] = b.w;
-    } else {
-#pragma unroll
-      for (int j = 0; j < kChunk; ++j) t.v[i][j] = 0.0f;
-    }
-    if (bits.column > 1) {
-      butterfly(t.v[i][0], t.v[i][2]);
-      butterfly(t.v[i][1], t.v[i][3]);
-      butterfly(t.v[i][4], t.v[i][6]);
-      butterfly(t.v[i][5], t.v[i][7]);
-    }
-    if (bits.column > 2) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) butterfly(t.v[i][j], t.v[i][j + 4]);
-    }
-  }
-#pragma unroll
-  for (int bit = 0; bit < kStridedBits; ++bit) {
-    if (bits.strided > bit) {
-#pragma unroll
-      for (int i = 0; i < kThreadChunks; ++i) {
-        if ((i >> bit & 1) != 0) continue;
-#pragma unroll
-        for (int j = 0; j < kChunk; ++j) butterfly(t.v[i][j], t.v[i | 1 << bit][j]);
-      }
-    }
-  }
-}
-
-/// One part of a tile that does not fit: loads what it needs, operand by operand, and multiplies.
-/// Every warp has at most one item. Starts and ends anywhere between barriers; `out` is complete
-/// after the next one.
-template <class Source>
-__device__ __forceinline__ void reload_and_multiply(const TransformPlan& p, const Source& source,
-                                                    const uint4* signs, uint16_t* in, float* out,
-                                                    int64_t tile, int part, int first_group) {
-  const int item = threadIdx.x / kWarp;
-  const int group = first_group + item / p.column_tiles, column_tile = item % p.column_tiles;
-  const bool active = group * p.group_tiles < p.row_tiles;
-  float sum[2][8][4];
-  clear_sums(sum);
-  for (int load = 0; load < p.operand_loads; ++load) {
-    __syncthreads();
-    const int operand =
-        p.operand_loads == 1 ? -1 : p.operand_loads - 1 - load;  // the small ones first
-    load_tile(p, source, tile, in, p.part_is_block ? part : -1, operand);
-    cp_async_wait_all();
-    __syncthreads();
-    if (!active) continue;
-    constexpr bool kFold = Source::kOperands > 1;
-    if (p.operand_loads == 1) {
-      multiply<Source::kOperand, Source::kOperands, kFold>(sum, p, signs, in, group, column_tile);
-    } else {
-      multiply<Source::kOperand, 1, kFold>(sum, p, signs, in, group, column_tile);
-    }
-  }
-  butterflies_in_sums(sum, p.column_bits);
-  if (p.overlay) __syncthreads();
-  if (active) put_sums(p, out, sum, group, column_tile, first_group * p.group_tiles * kMmaRows);
+  product.row_step = 8 * p.row_step;
+  product.rows = p.stacked * p.order;
+  product.end = blocks * size;
 }
 
 // ---- The kernel ---------------------------------------------------------------------------------
 
-/// kBits = p.column_bits, or kAnyBits: stages behind a branch cost as many moves as additions.
-/// kReload = p.reload. Source: kOperand, kOperands; address(row, column) where kOperands == 1, else
-/// Raw, load, values (load_tile). Sink: passes(parts) over the parts; start(plan, slots);
-/// take(plan, chunks, slots, tile, pass).
-template <class Source, class Sink, int kBits, bool kReload>
-__global__ void __launch_bounds__(kMaxTransformThreads)
+/// What the sink needs of a tile: the bits of its blocks' largest elements.
+template <DType kFirst, bool kScaled, bool kOnly>
+struct TileScales {
+  static constexpr bool kOne = kOnly;  // a tile is one block
+  const int* ranges;
+  /// What block `block` must be multiplied by; NaN if it is not finite.
+  __device__ __forceinline__ float operator()(const TransformPlan& p, int block) const {
+    if (kOne ? !kScaled : !p.guard) return 1.0f;
+    const int bits = ranges[block];
+    if (bits >= kInfinityBits) return __int_as_float(0x7fc00000);
+    return kScaled ? power_of_two(-exponent_of<kFirst>(bits)) : 1.0f;
+  }
+};
+
+/// Source: kDtype; Raw, load(row, column), values (sources.cuh). Sink: kExact; passes(parts) over
+/// the parts; start(plan, slots); take(plan, product, scales, slots, tile, pass).
+template <class Source, class Sink, bool kColumns, bool kSimple, bool kOne>
+__global__ void __launch_bounds__(kMaxTransformThreads, 1)
     transform_kernel(const __grid_constant__ TransformPlan p, const Source source,
                      const Sink sink) {
-  const StageBits bits =
-      kBits == kAnyBits ? StageBits{p.column_bits, p.strided_bits} : stage_bits(kBits);
-  unsigned char* shared = dynamic_shared();
-  auto* signs = reinterpret_cast<uint4*>(shared);
-  auto* in = reinterpret_cast<uint16_t*>(shared + p.in_at);
-  auto* out = reinterpret_cast<float*>(shared + p.out_at);
-  auto* slots = reinterpret_cast<int*>(shared + p.slots_at);
-  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int items = p.part_groups * p.column_tiles;
-  const int part_rows = p.part_groups * p.group_tiles * kMmaRows;
+  using Op = Operands<Source, Sink::kExact, kColumns>;
+  constexpr bool kEarly = Op::kDirect;  // else registers are too few
+  unsigned char* data = dynamic_shared();
+  unsigned char* table = data + p.table_at;
+  int* ranges = reinterpret_cast<int*>(data + p.ranges_at);
+  int* slots = reinterpret_cast<int*>(data + p.slots_at);
+  const Loader<Source, Op, kColumns, kSimple, kOne> load(p, source, data);
 
   int64_t tile = blockIdx.x;
-  if (!kReload) load_tile(p, source, tile, in);
-  make_signs<Source::kOperand>(p, signs);
+  typename Source::Raw raw[kThreadChunks];
+  if constexpr (kSimple && kEarly) load.fetch(raw, tile, 0);
+  stage_factor(p, reinterpret_cast<int8_t*>(data));  // the tile is not there yet
+  __syncthreads();
+  make_table<Op::kMiddle>(p, reinterpret_cast<const int8_t*>(data), table);
+  __syncthreads();
+  if constexpr (kColumns && kSimple) load.make_places();
+  const int slots_of_ranges = p.stacked * p.side;
+  for (int i = threadIdx.x; i < 2 * slots_of_ranges; i += blockDim.x) ranges[i] = 0;
+  for (int o = 0; o < Op::kPlanes; ++o) {
+    const int first = p.stacked * p.order * p.part_columns * 2;
+    for (int i = first + threadIdx.x * 16; i < p.plane_bytes; i += blockDim.x * 16)
+      *reinterpret_cast<uint4*>(data + o * p.plane_bytes + i) = {0, 0, 0, 0};
+  }
   sink.start(p, slots);
+  __syncthreads();
 
-  for (; tile < p.tiles; tile += gridDim.x) {
-    const int passes = sink.passes(p.parts);
+  for (int turn = 0; tile < p.tiles; tile += gridDim.x, turn ^= 1) {
+    int* range = ranges + turn * slots_of_ranges;
+    const int passes = kSimple ? 1 : sink.passes(p.parts);
     for (int pass = 0; pass < passes; ++pass) {
-      const int part = pass % p.parts;
-      const int first_group = p.part_is_block ? 0 : part * p.part_groups;
-      const int first_row = first_group * p.group_tiles * kMmaRows;
-      if constexpr (kReload) {
-        reload_and_multiply(p, source, signs, in, out, tile, part, first_group);
-      } else {
-        if (pass == 0) cp_async_wait_all();
-        __syncthreads();  // `in` is there, and all have taken the chunks of the part before
-        for (int item = warp; item < items; item += warps) {
-          const int group = first_group + item / p.column_tiles,
-                    column_tile = item % p.column_tiles;
-          if (group * p.group_tiles >= p.row_tiles) break;
-          float sum[2][8][4];
-          clear_sums(sum);
-          multiply<Source::kOperand, Source::kOperands, (Source::kOperands > 1)>(
-              sum, p, signs, in, group, column_tile);
-          butterflies_in_sums(sum, bits.column);
-          if (p.overlay) __syncthreads();  // then every warp has one item
-          put_sums(p, out, sum, group, column_tile, first_row);
+      Held<Op::kDirect> held[kThreadChunks];
+      const auto read = [&](int batch) {
+        if constexpr (!(kSimple && kEarly)) load.fetch(raw, tile, batch);
+#pragma unroll
+        for (int i = 0; i < kThreadChunks; ++i) load.hold(held[i], raw[i]);
+      };
+      const int batches = kSimple ? 1 : p.batches;
+      if (kSimple) read(0);
+      if ((kOne ? Op::kScaled : p.guard) && pass == 0) {
+        for (int batch = 0; batch < batches; ++batch) {
+          if (!kSimple) read(batch);
+          load.measure(held, batch, range);
         }
       }
-      __syncthreads();
-      const bool more = !kReload && pass == passes - 1 && tile + gridDim.x < p.tiles;
-      if (more && !p.overlay) load_tile(p, source, tile + gridDim.x, in);
-
-      const int rows = min(part_rows, p.order - first_row);
-      const int chunks = p.part_is_block ? p.block_chunks.divisor()
-                         : p.parts > 1   ? rows * p.segment_chunks.divisor()
-                                         : p.columns / kChunk * p.order;
-      const int first_chunk = p.part_is_block ? part * p.block_chunks.divisor()
-                                              : first_row * p.segment_chunks.divisor();
-      ThreadChunks t;
-      take_chunks(t, p, bits, out, chunks, first_chunk);
-      sink.take(p, t, slots, tile, pass);
-      if (more && p.overlay) {
-        __syncthreads();
-        load_tile(p, source, tile + gridDim.x, in);
+      const int part = kSimple ? 0 : pass % p.parts;
+      __syncthreads();  // all have multiplied the part before
+      for (int i = threadIdx.x; i < slots_of_ranges; i += blockDim.x)
+        ranges[(turn ^ 1) * slots_of_ranges + i] = 0;
+      for (int batch = 0; batch < batches; ++batch) {
+        if (!kSimple) read(batch);
+        load.spread(held, batch, part, range);
       }
+      __syncthreads();
+      if (kSimple && tile + gridDim.x < p.tiles) {
+        if constexpr (kEarly) {
+          load.fetch(raw, tile + gridDim.x, 0);
+        } else {
+          load.announce(tile + gridDim.x);
+        }
+      }
+
+      const int64_t rows_left = p.rows - tile * p.tile_rows;
+      const int blocks = static_cast<int>(min(static_cast<int64_t>(p.tile_rows), rows_left)) *
+                         p.row_blocks.divisor();
+      Product product;
+      multiply<Op::kMiddle, Op::kPlanes>(product, p, data, table, part, blocks);
+      sink.take(p, product, TileScales<Op::kFirst, Op::kScaled, kOne>{range}, slots, tile, pass);
     }
   }
 }
 
-/// Runs a planned transform.
-template <class Source, class Sink>
-void launch_transform(const TransformPlan& p, const Source& source, const Sink& sink,
+/// Transforms rows of n in blocks of matrix.size * inner into `sink`, with slots_per_row slots of
+/// shared memory a row; kColumns: inner = 1. Returns false where the shape needs the simple kernel.
+template <bool kColumns, class Source, class Sink>
+bool launch_transform(const HadamardMatrix& matrix, int64_t rows, int64_t n, int64_t inner,
+                      const Source& source, const Sink& sink, int64_t slots_per_row,
                       Stream stream) {
-  const auto run = [&](auto kernel) {
-    launch(kernel, persistent_blocks(p), p.threads, p.shared_bytes, stream, p, source, sink);
-  };
-  if (p.reload) return run(&transform_kernel<Source, Sink, kAnyBits, true>);
-  if (p.strided_bits == stage_bits(p.column_bits).strided) {
-    switch (p.column_bits) {
-      case 0:
-        return run(&transform_kernel<Source, Sink, 0, false>);
-      case 3:
-        return run(&transform_kernel<Source, Sink, 3, false>);
-      case 4:
-        return run(&transform_kernel<Source, Sink, 4, false>);
-      case 5:
-        return run(&transform_kernel<Source, Sink, 5, false>);
-      case 6:
-        return run(&transform_kernel<Source, Sink, 6, false>);
-      case 7:
-        return run(&transform_kernel<Source, Sink, 7, false>);
-      case 8:
-        return run(&transform_kernel<Source, Sink, 8, false>);
-      case 9:
-        return run(&transform_kernel<Source, Sink, 9, false>);
-      default:
-        break;
-    }
-  }
-  run(&transform_kernel<Source, Sink, kAnyBits, false>);
+  using Op = Operands<Source, Sink::kExact, kColumns>;
+  TransformPlan p{};
+  if (!plan_transform(p, matrix, rows, n, inner, kColumns, source.is_dense(n), Op::kPlanes, Op::kScaled, slots_per_row,
+                      Sink::kSlotBytes))
+    return false;
+  launch(!p.simple            ? &transform_kernel<Source, Sink, kColumns, false, false>
+         : p.tile_blocks == 1 ? &transform_kernel<Source, Sink, kColumns, true, true>
+                              : &transform_kernel<Source, Sink, kColumns, true, false>,
+         persistent_blocks(p), p.threads, p.shared_bytes, stream, p, source, sink);
+  return true;
 }
 
 }  // namespace quarot::cuda
