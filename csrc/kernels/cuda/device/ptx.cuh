@@ -135,6 +135,9 @@ __device__ __forceinline__ void prefetch_l2(const void* p) {
 }
 
 /// Hides how x was computed, so that it is kept in a register rather than computed again.
-__device__ __forceinline__ void keep(int& x) { asm volatile("" : "+r"(x)); }
+template <class T>
+__device__ __forceinline__ void keep(T& x) {
+  asm volatile("" : "+r"(x));
+}
 
 }  // namespace quarot::cuda

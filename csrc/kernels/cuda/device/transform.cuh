@@ -62,7 +62,8 @@ struct TransformPlan {
   int columns;  // of the tile's matrix, whole warps
   int part_columns, parts;
   int groups, batches;  // of the loads: groups of 256, or chunks; batches of them a thread's chunks
-  int thread_chunks;    // of a batch
+  int items;            // warps that multiply
+  int thread_chunks;    // of a batch; even: two at a time hide each other's latency
   bool simple;          // a tile is one batch, one part and one run of memory
   bool wide;            // a warp multiplies 16 rows of F^T by 128 columns, not 32 by 64
   int elements;         // of the loads
@@ -74,7 +75,7 @@ struct TransformPlan {
   int factor_order, log_sylvester;  // K, q
   float scale;
   int plane_bytes, table_at, places_at, ranges_at, slots_at, shared_bytes, threads;
-  FastDiv row_blocks, block_size, by_order, by_segment, block_groups, side_blocks;
+  FastDiv row_blocks, block_size, by_order, by_segment, block_groups, side_blocks, row_units, warp_tiles;
 };
 
 constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
@@ -121,6 +122,8 @@ inline bool plan_transform(TransformPlan& p, const HadamardMatrix& m, int64_t ro
   if (!has_columns) p.block_bits = p.order_bits = 0;
   p.guard = scaled || p.stacked > 1 || p.block_bits > 0;
 
+  // A tile a processor: all the threads it can have prepare.
+  const bool few = rows <= device.processors;
   const int row_tiles = p.depth / kMmaRows;
   const int warp_rows = (row_tiles + 1) / 2;
   p.wide = row_tiles == 1;
@@ -135,14 +138,15 @@ inline bool plan_transform(TransformPlan& p, const HadamardMatrix& m, int64_t ro
     p.columns = round_up(p.side * p.segment, warp_columns);
     p.part_columns = round_up(static_cast<int>(ceil_div(p.columns, parts)), warp_columns);
     p.parts = static_cast<int>(ceil_div(p.columns, p.part_columns));
-    p.threads = warp_rows * (p.part_columns / warp_columns) * kWarp;
+    p.items = warp_rows * (p.part_columns / warp_columns);
+    p.threads = few ? kMaxTransformThreads : p.items * kWarp;
     const int elements = p.stacked * p.side * size;
     p.elements = elements;
     p.groups = elements / (has_columns ? kGroup : kChunk);
     const int lanes = has_columns ? p.threads / kWarp : p.threads;
     p.batches = static_cast<int>(ceil_div(p.groups, kThreadChunks * lanes));
     p.thread_chunks =
-        p.batches == 1 ? static_cast<int>(ceil_div(p.groups, lanes)) : kThreadChunks;
+        p.batches == 1 ? round_up(static_cast<int>(ceil_div(p.groups, lanes)), 2) : kThreadChunks;
     p.simple = p.batches == 1 && p.parts == 1 && (tile_rows == 1 || dense) &&
                (p.block_bits == 0 || p.order == 1);
     p.plane_bytes = p.depth * p.part_columns * 2;
@@ -153,12 +157,13 @@ inline bool plan_transform(TransformPlan& p, const HadamardMatrix& m, int64_t ro
     p.slots_at = p.ranges_at + round_up(2 * p.stacked * p.side * 4, 16);
     p.shared_bytes =
         p.slots_at + round_up(static_cast<int>(tile_rows * slots_per_row) * slot_bytes, 16);
-    return p.threads <= kMaxTransformThreads && p.shared_bytes <= device.block_shared_bytes;
+    return p.items * kWarp <= kMaxTransformThreads && p.shared_bytes <= device.block_shared_bytes;
   };
 
   p.row_blocks = FastDiv(row_blocks);
   p.block_size = FastDiv(size);
   p.by_order = FastDiv(p.order);
+  p.row_units = FastDiv(p.depth / 4);
   p.by_segment = FastDiv(p.segment);
   p.block_groups = FastDiv(has_columns ? p.order >> p.order_bits : size / kChunk);
 
@@ -178,6 +183,7 @@ inline bool plan_transform(TransformPlan& p, const HadamardMatrix& m, int64_t ro
     ++parts;
   }
   p.side_blocks = FastDiv(p.side);
+  p.warp_tiles = FastDiv(p.part_columns / warp_columns);
   return true;
 }
 
@@ -303,43 +309,49 @@ __device__ __forceinline__ void stage_factor(const TransformPlan& p, int8_t* sta
   } else {
     for (int i = threadIdx.x; i < count; i += blockDim.x) staged[i] = p.factor[i];
   }
-  cp_async_wait_all();
 }
 
 template <DType kDtype>
 __device__ __forceinline__ void make_table(const TransformPlan& p, const int8_t* staged,
                                            unsigned char* table) {
   const int q = p.log_sylvester, low = (1 << q) - 1;
-  for (int k = threadIdx.x / kWarp; k < p.depth; k += blockDim.x / kWarp) {
-    const int block = p.by_order(k), x = k - block * p.order, y = x & low;
-    const int8_t* row = staged + (x >> q) * p.factor_order;
-    const uint32_t flips = (y & 1 ? 0x80008000u : 0) ^ (y & 2 ? 0x80800000u : 0);
-    for (int m = threadIdx.x % kWarp * 4; m < p.depth; m += kWarp * 4) {
+  const int units = p.depth * p.row_units.divisor();
+  const auto fill = [&](auto signs_at) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < units; i += blockDim.x) {
+      const int k = p.row_units(i), m = (i - k * p.row_units.divisor()) * 4;
       uint2 words{0, 0};
-      if (p.stacked > 1) {  // small Sylvester matrices
-        uint32_t w[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int other = p.by_order(m + e), z = m + e - other * p.order;
-          w[e] = other != block ? 0 : sign_bits<kDtype>(__popc(x & z) & 1 ? -1 : 1);
-        }
-        words = {w[0] | w[1] << 16, w[2] | w[3] << 16};
-      } else if (k < p.order && m < p.order) {
-        uint32_t signs = flips ^ (__popc(y & m) & 1 ? 0x80808080u : 0);
-        if (p.factor_order > 1) {
-          const int8_t* from = row + (m >> q);
-          if (q == 0) {
-            signs ^= *reinterpret_cast<const uint32_t*>(from);
-          } else if (q == 1) {
-            signs ^= __byte_perm(*reinterpret_cast<const uint16_t*>(from), 0, 0x1100);
-          } else {
-            signs ^= __byte_perm(static_cast<uint8_t>(*from), 0, 0x0000);
-          }
-        }
-        words = expand_signs<kDtype>(signs);
-      }
+      if (k < p.order && m < p.order) words = expand_signs<kDtype>(signs_at(k, m));
       *reinterpret_cast<uint2*>(table + k * table_pitch(p.depth) + m * 2) = words;
     }
+  };
+  /// The signs of H_2^q in four columns from m, a multiple of 4.
+  const auto sylvester = [&](int k, int m) {
+    const int y = k & low;
+    return (y & 1 ? 0x80008000u : 0) ^ (y & 2 ? 0x80800000u : 0) ^
+           (__popc(y & m) & 1 ? 0x80808080u : 0);
+  };
+  if (p.stacked > 1) {  // small Sylvester matrices
+    for (int i = threadIdx.x; i < p.depth * p.depth; i += blockDim.x) {
+      const int k = i / kMmaRows, m = i % kMmaRows;  // the depth is 16
+      const int sign = p.by_order(k) != p.by_order(m) ? 0 : __popc(k & m & (p.order - 1)) & 1 ? -1 : 1;
+      *reinterpret_cast<uint16_t*>(table + k * table_pitch(p.depth) + m * 2) =
+          static_cast<uint16_t>(sign_bits<kDtype>(sign));
+    }
+  } else if (p.factor_order == 1) {
+    fill(sylvester);
+  } else if (q == 0) {
+    fill([&](int k, int m) {
+      return *reinterpret_cast<const uint32_t*>(staged + k * p.factor_order + m);
+    });
+  } else {
+    fill([&](int k, int m) {
+      const int8_t* from = staged + (k >> q) * p.factor_order + (m >> q);
+      const uint32_t first = static_cast<uint8_t>(from[0]);
+      const uint32_t signs = q == 1 ? first * 0x0101u | static_cast<uint8_t>(from[1]) * 0x01010000u
+                                    : first * 0x01010101u;
+      return signs ^ sylvester(k, m);
+    });
   }
 }
 
@@ -403,6 +415,7 @@ struct Loader {
     first_chunk = threadIdx.x / kWarp * kGroup + lane_chunk;
     keep(first_chunk);
     signs = make_group_signs<Op::kFirst, Op::kMiddle>(p.segment_bits);
+    if (Op::kPairs) keep(signs.minus);
     if constexpr (kColumns) {
       const int row_bit = p.segment_bits + p.block_bits;
       unit = (l >> 2 & 1) << 5 | l >> 3 | (l & 3) << 6;
@@ -453,40 +466,57 @@ struct Loader {
   __device__ __forceinline__ int chunk_at(int i) const {
     return first_chunk + i * static_cast<int>(blockDim.x) * kChunk;
   }
-  __device__ __forceinline__ void fetch(typename Source::Raw (&raw)[kThreadChunks], int64_t tile,
-                                        int batch) const {
-    const int64_t first = tile * p.tile_rows;
-    const int rows = static_cast<int>(min(p.rows - first, int64_t{p.tile_rows}));
-    const char* run = source.row(first);
+  /// A tile's rows.
+  struct Run {
+    int64_t first;
+    int rows;
+    const char* data;
+  };
+  __device__ __forceinline__ Run run_of(int64_t tile) const {
+    const int64_t first = tile * p.tile_rows, left = p.rows - first;
+    const int rows = left < 0 ? 0 : static_cast<int>(min(left, int64_t{p.tile_rows}));
+    return {first, rows, source.row(first)};
+  }
+  /// Loads chunk i of a batch, zeros where there is none.
+  __device__ __forceinline__ void fetch(typename Source::Raw& raw, const Run& run, int batch,
+                                        int i) const {
+    if (i / 2 * 2 >= p.thread_chunks) return;
+    if (!kOne) raw = {};  // else no other block meets what is not there
+    if constexpr (kSimple) {
+      if (chunk_at(i) < run.rows * p.n) raw = source.load_from(run.data, chunk_at(i));
+    } else {
+      const int g = index(batch, i);
+      const Position at = position(g, kColumns ? lane_chunk : 0);
+      const int row = p.row_blocks(at.block);
+      if (g < p.groups && row < run.rows) {
+        raw = source.load(run.first + row, (at.block - row * p.row_blocks.divisor()) *
+                                                   p.block_size.divisor() +
+                                               at.row * p.segment + at.column);
+      }
+    }
+  }
+  /// Loads and holds a batch, kInFlight chunks at a time.
+  __device__ __forceinline__ void read(Chunk8 (&held)[kThreadChunks], int64_t tile,
+                                       int batch) const {
+    constexpr int kInFlight = 4;
+    const Run run = run_of(tile);
+    typename Source::Raw raw[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) fetch(raw[i], run, batch, i);
 #pragma unroll
     for (int i = 0; i < kThreadChunks; ++i) {
-      if (kSimple) {
-        if (i >= p.thread_chunks) continue;
-        raw[i] = {};
-        if (chunk_at(i) < rows * p.n) raw[i] = source.load_from(run, chunk_at(i));
-      } else {
-        raw[i] = {};
-        const int g = index(batch, i);
-        const Position at = position(g, kColumns ? lane_chunk : 0);
-        const int row = p.row_blocks(at.block);
-        if (g < p.groups && row < rows) {
-          raw[i] = source.load(first + row, (at.block - row * p.row_blocks.divisor()) *
-                                                    p.block_size.divisor() +
-                                                at.row * p.segment + at.column);
-        }
-      }
+      hold(held[i], raw[i % kInFlight]);
+      if (i + kInFlight < kThreadChunks) fetch(raw[i % kInFlight], run, batch, i + kInFlight);
     }
   }
   /// Asks the L2 for a tile.
   __device__ __forceinline__ void announce(int64_t tile) const {
     if constexpr (kSimple) {
-      const int64_t first = tile * p.tile_rows;
-      const int rows = static_cast<int>(min(p.rows - first, int64_t{p.tile_rows}));
-      const char* run = source.row(first);
-      // A lane a line of 128 bytes.
-      for (int at = static_cast<int>(threadIdx.x) * (128 / Source::kBytes); at < rows * p.n;
-           at += static_cast<int>(blockDim.x) * (128 / Source::kBytes)) {
-        source.announce(run, at);
+      const Run run = run_of(tile);
+      constexpr int kLine = 128 / Source::kBytes;  // a lane a line of 128 bytes
+      for (int at = static_cast<int>(threadIdx.x) * kLine; at < run.rows * p.n;
+           at += static_cast<int>(blockDim.x) * kLine) {
+        source.announce(run.data, at);
       }
     }
   }
@@ -526,10 +556,10 @@ struct Loader {
     int most = 0;
 #pragma unroll
     for (int i = 0; i < kThreadChunks; ++i) {
-      if (i >= p.thread_chunks) continue;
+      if (i / 2 * 2 >= p.thread_chunks) continue;
       const int bits = largest(held[i]);
       if constexpr (kOne) {
-        most = max(most, bits);
+        most = has_chunk(batch, i) ? max(most, bits) : most;
       } else if (has_chunk(batch, i)) {
         atomicMax(ranges + block_of(batch, i), bits);
       }
@@ -541,10 +571,8 @@ struct Loader {
   }
 
   /// The chunk's values as operands B of the first step, in the order of Square's words.
-  __device__ __forceinline__ void inputs(uint4 (&in)[kInputs], const Chunk8& held,
-                                         int range) const {
-    const bool dead = !kOne && range >= kInfinityBits;  // must not reach other blocks
-    const int e = Op::kScaled ? exponent_of<Op::kFirst>(range) : 0;
+  __device__ __forceinline__ void inputs(uint4 (&in)[kInputs], const Chunk8& held, int e,
+                                         bool dead) const {
     if constexpr (Op::kDirect) {
       uint32_t w[4];
 #pragma unroll
@@ -567,7 +595,11 @@ struct Loader {
   __device__ __forceinline__ void spread(const Chunk8 (&held)[kThreadChunks], int batch, int part,
                                          const int* ranges) const {
     const int first_column = part * p.part_columns;
-    const int common = kOne && Op::kScaled ? ranges[0] : 0;
+    int e = 0;
+    if (kOne && Op::kScaled) {
+      e = exponent_of<Op::kFirst>(ranges[0]);
+      keep(e);
+    }
     int place[kThreadChunks];
     if constexpr (kSimple && kColumns) {
       const auto* from = reinterpret_cast<const int4*>(places) + threadIdx.x / kWarp * 2;
@@ -577,13 +609,17 @@ struct Loader {
     }
 #pragma unroll
     for (int i = 0; i < kThreadChunks; ++i) {
-      if (i >= p.thread_chunks) continue;
+      if (i % 2 == 0 && i >= p.thread_chunks) break;
       const int g = index(batch, i);
-      int range = common;
-      if (!kOne && p.guard) range = has_chunk(batch, i) ? ranges[block_of(batch, i)] : 0;
+      bool dead = false;  // must not reach other blocks
+      if (!kOne && p.guard) {
+        const int range = has_chunk(batch, i) ? ranges[block_of(batch, i)] : 0;
+        dead = range >= kInfinityBits;
+        if (Op::kScaled) e = exponent_of<Op::kFirst>(range);
+      }
       if constexpr (kColumns) {
         uint4 in[kInputs];
-        inputs(in, held[i], range);
+        inputs(in, held[i], e, dead);
         Square x{};
 #pragma unroll
         for (int o = kInputs - 1; o >= 0; --o) {  // the small ones first
@@ -613,7 +649,7 @@ struct Loader {
         }
       } else {
         uint4 in[kInputs];
-        inputs(in, held[i], range);
+        inputs(in, held[i], e, dead);
         const int2 at = this->place(position(g, 0));
         const int column = at.y - first_column;
         if (g >= p.groups || column < 0 || column >= p.part_columns) continue;
@@ -660,8 +696,8 @@ __device__ __forceinline__ void multiply(Product& product, const TransformPlan& 
                                          const unsigned char* data, const unsigned char* table,
                                          int part, int blocks) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int tiles = p.part_columns / kWarpColumns / (p.wide ? 2 : 1);
-  const int group = warp / tiles, tile = (warp - group * tiles) * (p.wide ? 2 : 1);
+  const int group = p.warp_tiles(warp);
+  const int tile = (warp - group * p.warp_tiles.divisor()) * (p.wide ? 2 : 1);
   const int pitch = p.part_columns * 2, row_tiles = p.depth / kMmaRows;
   auto& sum = product.sum;
 #pragma unroll
@@ -688,6 +724,11 @@ __device__ __forceinline__ void multiply(Product& product, const TransformPlan& 
       mma<kMiddle>(to[c + 1], {a[0], a[1], a[2], a[3]}, b[2], b[3]);
     }
   };
+  if (warp >= p.items) {
+    product.end = 0;
+    product.first[0][0] = product.first[0][1] = product.first[1][0] = product.first[1][1] = 0;
+    return;
+  }
   if (p.wide) {  // then row_tiles = 1
     const uint32_t b_next = b_from(tile + 1);
     uint32_t a[4];
@@ -764,17 +805,22 @@ __global__ void __launch_bounds__(kMaxTransformThreads, 1)
     transform_kernel(const __grid_constant__ TransformPlan p, const Source source,
                      const Sink sink) {
   using Op = Operands<Source, Sink::kExact, kColumns>;
-  constexpr bool kEarly = Op::kDirect;  // else registers are too few
+  constexpr bool kEarly = kSimple && Op::kDirect;  // else registers are too few
   unsigned char* data = dynamic_shared();
   unsigned char* table = data + p.table_at;
   int* ranges = reinterpret_cast<int*>(data + p.ranges_at);
   int* slots = reinterpret_cast<int*>(data + p.slots_at);
+  stage_factor(p, reinterpret_cast<int8_t*>(data));  // the tile is not there yet
   const Loader<Source, Op, kColumns, kSimple, kOne> load(p, source, data);
 
   int64_t tile = blockIdx.x;
-  typename Source::Raw raw[kThreadChunks];
-  if constexpr (kSimple && kEarly) load.fetch(raw, tile, 0);
-  stage_factor(p, reinterpret_cast<int8_t*>(data));  // the tile is not there yet
+  typename Source::Raw raw[kThreadChunks];  // of the next tile, kEarly
+  if constexpr (kEarly) {
+    const auto run = load.run_of(tile);
+#pragma unroll
+    for (int i = 0; i < kThreadChunks; ++i) load.fetch(raw[i], run, 0, i);
+  }
+  cp_async_wait_all();
   __syncthreads();
   make_table<Op::kMiddle>(p, reinterpret_cast<const int8_t*>(data), table);
   __syncthreads();
@@ -795,9 +841,12 @@ __global__ void __launch_bounds__(kMaxTransformThreads, 1)
     for (int pass = 0; pass < passes; ++pass) {
       Held<Op::kDirect> held[kThreadChunks];
       const auto read = [&](int batch) {
-        if constexpr (!(kSimple && kEarly)) load.fetch(raw, tile, batch);
+        if constexpr (kEarly) {
 #pragma unroll
-        for (int i = 0; i < kThreadChunks; ++i) load.hold(held[i], raw[i]);
+          for (int i = 0; i < kThreadChunks; ++i) load.hold(held[i], raw[i]);
+        } else {
+          load.read(held, tile, batch);
+        }
       };
       const int batches = kSimple ? 1 : p.batches;
       if (kSimple) read(0);
@@ -815,14 +864,13 @@ __global__ void __launch_bounds__(kMaxTransformThreads, 1)
         if (!kSimple) read(batch);
         load.spread(held, batch, part, range);
       }
-      __syncthreads();
-      if (kSimple && tile + gridDim.x < p.tiles) {
-        if constexpr (kEarly) {
-          load.fetch(raw, tile + gridDim.x, 0);
-        } else {
-          load.announce(tile + gridDim.x);
-        }
+      if (kEarly && tile + gridDim.x < p.tiles) {
+        const auto next = load.run_of(tile + gridDim.x);
+#pragma unroll
+        for (int i = 0; i < kThreadChunks; ++i) load.fetch(raw[i], next, 0, i);
       }
+      __syncthreads();
+      if (!kEarly && tile + gridDim.x < p.tiles) load.announce(tile + gridDim.x);
 
       const int64_t rows_left = p.rows - tile * p.tile_rows;
       const int blocks = static_cast<int>(min(static_cast<int64_t>(p.tile_rows), rows_left)) *
