@@ -21,11 +21,11 @@ struct StoreSink {
   static constexpr bool kExact = kDtype == DType::f32;
   static constexpr int kSlotBytes = 0;
   __device__ __forceinline__ int passes(int parts) const { return parts; }
-  __device__ __forceinline__ void start(const TransformPlan&, int*) const {}
+  __device__ __forceinline__ void clear(const TransformPlan&, unsigned char*) const {}
   template <class Scales>
   __device__ __forceinline__ void take(const TransformPlan& p, const Product& product,
-                                       const Scales& scales, int*, int64_t tile, int) const {
-    const int64_t first = tile * p.tile_rows * p.n;
+                                       const Scales& scales, unsigned char*, int tile, int) const {
+    const int64_t first = int64_t{tile} * p.tile_rows * p.n;
     const float common = Scales::kOne ? scales(p, 0) : 1.0f;
 #pragma unroll
     for (int i = 0; i < kThreadChunks; ++i) {
@@ -93,13 +93,13 @@ struct QuantizeSink {
 
   /// One part: one pass. Else a pass for the ranges and one for the codes, over all parts.
   __device__ __forceinline__ int passes(int parts) const { return parts == 1 ? 1 : 2 * parts; }
-  __device__ __forceinline__ void start(const TransformPlan& p, int* slots) const {
+  __device__ __forceinline__ void clear(const TransformPlan& p, unsigned char* slots) const {
     quantizer.clear(reinterpret_cast<Quantizer::Slot*>(slots), p.tile_rows * p.row_slots);
   }
 
   template <class Scales>
   __device__ __forceinline__ void take(const TransformPlan& p, const Product& product,
-                                       const Scales& scales, int* memory, int64_t tile,
+                                       const Scales& scales, unsigned char* memory, int tile,
                                        int pass) const {
     auto* slots = reinterpret_cast<Quantizer::Slot*>(memory);
     const int count = p.tile_rows * p.row_slots;
@@ -133,25 +133,35 @@ struct QuantizeSink {
         if (threadIdx.x % kWarp == 0) collect(p, slots[0], all, common);
       }
     }
-    if (pass == p.parts - 1) {
-      __syncthreads();
-      const int64_t rows_left = p.rows - tile * p.tile_rows;
+    Grid only;
+    if (pass == p.parts - 1) __syncthreads();
+    if (count == 1) {  // each thread makes the grid: faster than to wait for one of them
+      only = make_grid({slots[0].high, slots[0].low}, fabsf(p.scale), quantizer.out.clip,
+                       quantizer.out.bits, symmetric);
+      only.inv *= fabsf(p.scale);
+      if (threadIdx.x == 0 && pass == p.parts - 1) {
+        quantizer.out.scale[tile] = only.scale;
+        if (!symmetric) quantizer.out.zero[tile] = only.shift;
+      }
+    } else if (pass == p.parts - 1) {
+      const int64_t rows_left = p.rows - int64_t{tile} * p.tile_rows;
       const int some =
           rows_left < p.tile_rows ? static_cast<int>(rows_left) * p.row_slots : count;
-      quantizer.finish(slots, some, tile * count, fabsf(p.scale));
+      quantizer.finish(slots, some, int64_t{tile} * count, fabsf(p.scale));
       if (some < count) quantizer.clear(slots + some, count - some);
       __syncthreads();
     }
     if (p.parts == 1 || pass >= p.parts) {
-      const int64_t first = tile * p.tile_rows * p.n;
+      const int64_t first = int64_t{tile} * p.tile_rows * p.n;
       const float sign = p.scale < 0.0f ? -1.0f : 1.0f;
-      FusedGrid grid(slots[0].grid, sign * common);
+      FusedGrid grid(only, sign * common);
 #pragma unroll
       for (int i = 0; i < kThreadChunks; ++i) {
         const int e = product.offset(i);
         if (e < 0) continue;
         if (count > 1 || !Scales::kOne) {
-          grid = FusedGrid(slots[quantizer.group_chunks(e / kChunk)].grid, sign * scale_of(e));
+          const Grid& own = count > 1 ? slots[quantizer.group_chunks(e / kChunk)].grid : only;
+          grid = FusedGrid(own, sign * scale_of(e));
         }
         float v[kChunk];
         product.values(v, i);

@@ -46,6 +46,7 @@ constexpr int kWarpColumns = 64;
 constexpr int kGroup = 256;  // neighbours that a warp transforms in registers
 constexpr int kGroupBits = 8;
 constexpr int kMaxOrder = 256;
+constexpr int kLaneBytes = 3 * sizeof(uint4);  // of shared memory, for Loader::Lane
 /// A unit's elements are bits 2, 3 and 4 of a group, so that these must be columns.
 constexpr int kUnitBits = 5;
 
@@ -74,7 +75,8 @@ struct TransformPlan {
   const int8_t* factor;
   int factor_order, log_sylvester;  // K, q
   float scale;
-  int plane_bytes, table_at, places_at, ranges_at, slots_at, shared_bytes, threads;
+  int buffers;  // of tiles: with two, a barrier less
+  int plane_bytes, buffer_bytes, table_at, places_at, lanes_at, ranges_at, slots_at, shared_bytes, threads;
   FastDiv row_blocks, block_size, by_order, by_segment, block_groups, side_blocks, row_units, warp_tiles;
 };
 
@@ -96,7 +98,9 @@ inline bool plan_transform(TransformPlan& p, const HadamardMatrix& m, int64_t ro
   const int bits = !has_columns ? 0 : power < kGroupBits ? power : kGroupBits;
   const int64_t order = m.factor_order << (power - bits), segment = inner << bits;
   if (m.factor_order > 1 && m.factor_order % 4 != 0) return false;
-  if (order > kMaxOrder || segment % kChunk != 0 || n > (int64_t{1} << 24)) return false;
+  if (order > kMaxOrder || segment % kChunk != 0 || n > (int64_t{1} << 24) ||
+      rows > (int64_t{1} << 30))
+    return false;
   p.rows = rows;
   p.n = static_cast<int>(n);
   p.factor = m.factor;
@@ -130,7 +134,7 @@ inline bool plan_transform(TransformPlan& p, const HadamardMatrix& m, int64_t ro
   const int warp_columns = p.wide ? 2 * kWarpColumns : kWarpColumns;
   const auto fit = [&](int tile_rows, int parts) {
     p.tile_rows = tile_rows;
-    p.tiles = ceil_div(rows, tile_rows);
+    p.tiles = static_cast<int>(ceil_div(rows, tile_rows));
     p.tile_blocks = tile_rows * row_blocks;
     p.side = round_up(static_cast<int>(ceil_div(p.tile_blocks, p.stacked)), 1 << p.block_bits);
     if (one_side && p.side > 1) return false;
@@ -151,12 +155,31 @@ inline bool plan_transform(TransformPlan& p, const HadamardMatrix& m, int64_t ro
                (p.block_bits == 0 || p.order == 1);
     p.plane_bytes = p.depth * p.part_columns * 2;
     const int factor_bytes = round_up(p.factor_order * p.factor_order, 128);
-    p.table_at = planes * p.plane_bytes < factor_bytes ? factor_bytes : planes * p.plane_bytes;
-    p.places_at = p.table_at + p.depth * table_pitch(p.depth) + 2 * kMmaRows;
-    p.ranges_at = p.places_at + (has_columns ? kThreadChunks * lanes * 4 : 0);
-    p.slots_at = p.ranges_at + round_up(2 * p.stacked * p.side * 4, 16);
-    p.shared_bytes =
-        p.slots_at + round_up(static_cast<int>(tile_rows * slots_per_row) * slot_bytes, 16);
+    p.buffer_bytes = planes * p.plane_bytes;
+    const int table_bytes = p.depth * table_pitch(p.depth) + 2 * kMmaRows;
+    const int places_bytes = has_columns ? kThreadChunks * lanes * 4 : 0;
+    const int ranges_bytes = round_up(2 * p.stacked * p.side * 4, 16);
+    const int slots_bytes =
+        round_up(2 * static_cast<int>(tile_rows * slots_per_row) * slot_bytes, 16);
+    const int lanes_bytes = kWarp * kLaneBytes;
+    const int others = table_bytes + places_bytes + lanes_bytes + ranges_bytes + slots_bytes;
+    const auto bytes = [&](int buffers) {
+      const int tiles = buffers * p.buffer_bytes;
+      return (tiles < factor_bytes ? factor_bytes : tiles) + others;
+    };
+    const auto blocks = [&](int buffers) {
+      const int by_shared =
+          device.processor_shared_bytes / (bytes(buffers) + kReservedSharedBytes);
+      const int by_registers = kMaxTransformThreads / p.threads;
+      return by_shared < by_registers ? by_shared : by_registers;
+    };
+    p.buffers = p.simple && bytes(2) <= device.block_shared_bytes && blocks(2) >= blocks(1) ? 2 : 1;
+    p.shared_bytes = bytes(p.buffers);
+    p.table_at = p.shared_bytes - others;
+    p.places_at = p.table_at + table_bytes;
+    p.lanes_at = p.places_at + places_bytes;
+    p.ranges_at = p.lanes_at + lanes_bytes;
+    p.slots_at = p.ranges_at + ranges_bytes;
     return p.items * kWarp <= kMaxTransformThreads && p.shared_bytes <= device.block_shared_bytes;
   };
 
@@ -398,35 +421,52 @@ struct Loader {
   const Source& source;
   unsigned char* data;
   int* places;  // [warp][chunk] the address of the group's first unit
-  GroupSigns signs;
-  int first_chunk;  // of the thread, in the tile; kSimple
-  int lane_chunk;   // the lane's chunk in a group: its first element
-  int unit;         // the first element of its unit
-  int unit_offset;  // the address of that
-  int unit_bits;    // to be xored to the address
 
   __device__ __forceinline__ Loader(const TransformPlan& plan, const Source& from,
                                     unsigned char* shared)
-      : p(plan), source(from), data(shared), places(reinterpret_cast<int*>(shared + p.places_at)) {
-    const int l = threadIdx.x % kWarp;
-    // Lane (g, t): bits 4 6 7 of its chunk are g, bits 3 5 are t. Of its unit, 5 0 1 and 6 7.
-    lane_chunk = kColumns ? (l & 1) << 3 | (l >> 1 & 1) << 5 | (l >> 2 & 1) << 4 | (l >> 3) << 6
-                          : l * kChunk;
-    first_chunk = threadIdx.x / kWarp * kGroup + lane_chunk;
-    keep(first_chunk);
-    signs = make_group_signs<Op::kFirst, Op::kMiddle>(p.segment_bits);
-    if (Op::kPairs) keep(signs.minus);
-    if constexpr (kColumns) {
-      const int row_bit = p.segment_bits + p.block_bits;
-      unit = (l >> 2 & 1) << 5 | l >> 3 | (l & 3) << 6;
-      const int at = unit_address(p, unit >> row_bit, unit & ((1 << row_bit) - 1));
-      unit_bits = at & 0x70;
-      unit_offset = at - unit_bits;
-      keep(unit_bits);
-      keep(unit_offset);
-    }
-  }
+      : p(plan), source(from), data(shared), places(reinterpret_cast<int*>(shared + p.places_at)) {}
 
+  /// What a lane needs to transform its part of a group. It waits in shared memory: registers are
+  /// short while a warp multiplies.
+  struct Lane {
+    GroupSigns signs;
+    int unit;    // the first element of its unit in the group
+    int offset;  // the address of that
+    int bits;    // to be xored to the address
+  };
+  __device__ __forceinline__ uint4* lanes() const {
+    return reinterpret_cast<uint4*>(data + p.lanes_at) + threadIdx.x % kWarp;
+  }
+  __device__ __forceinline__ void make_lanes() const {
+    if (threadIdx.x >= kWarp) return;
+    const int l = threadIdx.x;
+    Lane lane;
+    lane.signs = make_group_signs<Op::kFirst, Op::kMiddle>(p.segment_bits);
+    // Lane (g, t): bits 4 6 7 of its chunk are g, bits 3 5 are t. Of its unit, 5 0 1 and 6 7.
+    const int row_bit = p.segment_bits + p.block_bits;
+    lane.unit = (l >> 2 & 1) << 5 | l >> 3 | (l & 3) << 6;
+    const int at = unit_address(p, lane.unit >> row_bit, lane.unit & ((1 << row_bit) - 1));
+    lane.bits = at & 0x70;
+    lane.offset = at - lane.bits;
+    const GroupSigns& s = lane.signs;
+    lanes()[0] = s.a;
+    lanes()[kWarp] = {s.b[0].x, s.b[0].y, s.b[1].x, s.b[1].y};
+    lanes()[2 * kWarp] = {s.minus, static_cast<uint32_t>(lane.unit),
+                          static_cast<uint32_t>(lane.offset), static_cast<uint32_t>(lane.bits)};
+  }
+  __device__ __forceinline__ Lane this_lane() const {
+    const uint4 a = lanes()[0], b = lanes()[kWarp], c = lanes()[2 * kWarp];
+    return {{a, {{b.x, b.y}, {b.z, b.w}}, c.x},
+            static_cast<int>(c.y),
+            static_cast<int>(c.z),
+            static_cast<int>(c.w)};
+  }
+  /// The lane's chunk in a group: its first element.
+  __device__ __forceinline__ int lane_chunk() const {
+    const int l = threadIdx.x % kWarp;
+    return kColumns ? (l & 1) << 3 | (l >> 1 & 1) << 5 | (l >> 2 & 1) << 4 | (l >> 3) << 6
+                    : l * kChunk;
+  }
   __device__ __forceinline__ int index(int batch, int i) const {
     const int lanes = kColumns ? blockDim.x / kWarp : blockDim.x;
     const int lane = kColumns ? threadIdx.x / kWarp : threadIdx.x;
@@ -464,7 +504,7 @@ struct Loader {
   }
 
   __device__ __forceinline__ int chunk_at(int i) const {
-    return first_chunk + i * static_cast<int>(blockDim.x) * kChunk;
+    return static_cast<int>(threadIdx.x / kWarp) * kGroup + lane_chunk() + i * static_cast<int>(blockDim.x) * kChunk;
   }
   /// A tile's rows.
   struct Run {
@@ -472,8 +512,8 @@ struct Loader {
     int rows;
     const char* data;
   };
-  __device__ __forceinline__ Run run_of(int64_t tile) const {
-    const int64_t first = tile * p.tile_rows, left = p.rows - first;
+  __device__ __forceinline__ Run run_of(int tile) const {
+    const int64_t first = int64_t{tile} * p.tile_rows, left = p.rows - first;
     const int rows = left < 0 ? 0 : static_cast<int>(min(left, int64_t{p.tile_rows}));
     return {first, rows, source.row(first)};
   }
@@ -486,7 +526,7 @@ struct Loader {
       if (chunk_at(i) < run.rows * p.n) raw = source.load_from(run.data, chunk_at(i));
     } else {
       const int g = index(batch, i);
-      const Position at = position(g, kColumns ? lane_chunk : 0);
+      const Position at = position(g, kColumns ? lane_chunk() : 0);
       const int row = p.row_blocks(at.block);
       if (g < p.groups && row < run.rows) {
         raw = source.load(run.first + row, (at.block - row * p.row_blocks.divisor()) *
@@ -496,7 +536,7 @@ struct Loader {
     }
   }
   /// Loads and holds a batch, kInFlight chunks at a time.
-  __device__ __forceinline__ void read(Chunk8 (&held)[kThreadChunks], int64_t tile,
+  __device__ __forceinline__ void read(Chunk8 (&held)[kThreadChunks], int tile,
                                        int batch) const {
     constexpr int kInFlight = 4;
     const Run run = run_of(tile);
@@ -510,7 +550,7 @@ struct Loader {
     }
   }
   /// Asks the L2 for a tile.
-  __device__ __forceinline__ void announce(int64_t tile) const {
+  __device__ __forceinline__ void announce(int tile) const {
     if constexpr (kSimple) {
       const Run run = run_of(tile);
       constexpr int kLine = 128 / Source::kBytes;  // a lane a line of 128 bytes
@@ -546,7 +586,7 @@ struct Loader {
   }
   __device__ __forceinline__ int block_of(int batch, int i) const {
     if constexpr (kSimple) return p.block_size(chunk_at(i));
-    return position(index(batch, i), kColumns ? lane_chunk : 0).block;
+    return position(index(batch, i), kColumns ? lane_chunk() : 0).block;
   }
   __device__ __forceinline__ bool has_chunk(int batch, int i) const {
     return kSimple ? chunk_at(i) < p.elements : index(batch, i) < p.groups;
@@ -571,8 +611,8 @@ struct Loader {
   }
 
   /// The chunk's values as operands B of the first step, in the order of Square's words.
-  __device__ __forceinline__ void inputs(uint4 (&in)[kInputs], const Chunk8& held, int e,
-                                         bool dead) const {
+  __device__ __forceinline__ void inputs(uint4 (&in)[kInputs], const Chunk8& held, int e, bool dead,
+                                         uint32_t minus) const {
     if constexpr (Op::kDirect) {
       uint32_t w[4];
 #pragma unroll
@@ -587,14 +627,16 @@ struct Loader {
 #pragma unroll
       for (int j = 0; j < kChunk; ++j) v[j] = dead ? 0.0f : held.v[j] * factor;
       const Square square{{{v[0], v[1], v[4], v[5]}, {v[2], v[3], v[6], v[7]}}};
-      to_planes<Op::kMiddle>(in, square, signs.minus);
+      to_planes<Op::kMiddle>(in, square, minus);
     }
   }
 
   /// Transforms the columns of a thread's chunks and writes those of `part` to the tile.
   __device__ __forceinline__ void spread(const Chunk8 (&held)[kThreadChunks], int batch, int part,
-                                         const int* ranges) const {
+                                         const int* ranges, int buffer) const {
     const int first_column = part * p.part_columns;
+    const Lane lane = this_lane();
+    const GroupSigns& signs = lane.signs;
     int e = 0;
     if (kOne && Op::kScaled) {
       e = exponent_of<Op::kFirst>(ranges[0]);
@@ -619,7 +661,7 @@ struct Loader {
       }
       if constexpr (kColumns) {
         uint4 in[kInputs];
-        inputs(in, held[i], e, dead);
+        inputs(in, held[i], e, dead, signs.minus);
         Square x{};
 #pragma unroll
         for (int o = kInputs - 1; o >= 0; --o) {  // the small ones first
@@ -636,9 +678,9 @@ struct Loader {
         }
         to_planes<Op::kMiddle>(word, x, signs.minus);
         bool mine = has_chunk(batch, i);
-        int to = ((kSimple ? place[i] : place_of(g)) ^ unit_bits) + unit_offset;
+        int to = ((kSimple ? place[i] : place_of(g)) ^ lane.bits) + lane.offset + buffer;
         if constexpr (!kSimple) {
-          const int2 at = this->place(position(g, unit));
+          const int2 at = this->place(position(g, lane.unit));
           mine = mine && at.y >= first_column && at.y < first_column + p.part_columns;
           to -= first_column * 2;
         }
@@ -649,11 +691,12 @@ struct Loader {
         }
       } else {
         uint4 in[kInputs];
-        inputs(in, held[i], e, dead);
+        inputs(in, held[i], e, dead, signs.minus);
         const int2 at = this->place(position(g, 0));
         const int column = at.y - first_column;
         if (g >= p.groups || column < 0 || column >= p.part_columns) continue;
-        const int first = unit_address(p, at.x, at.y) - first_column * 2 + (column >> 3 & 3) * 4;
+        const int first =
+            buffer + unit_address(p, at.x, at.y) - first_column * 2 + (column >> 3 & 3) * 4;
 #pragma unroll
         for (int o = 0; o < kInputs; ++o) {
           unsigned char* to = data + o * p.plane_bytes;
@@ -798,8 +841,9 @@ struct TileScales {
   }
 };
 
-/// Source: kDtype; Raw, load(row, column), values (sources.cuh). Sink: kExact; passes(parts) over
-/// the parts; start(plan, slots); take(plan, product, scales, slots, tile, pass).
+/// Source: kDtype; Raw, load(row, column), values (sources.cuh). Sink: kExact, kSlotBytes;
+/// passes(parts) over the parts; clear(plan, slots) before a tile; take(plan, product, scales,
+/// slots, tile, pass).
 template <class Source, class Sink, bool kColumns, bool kSimple, bool kOne>
 __global__ void __launch_bounds__(kMaxTransformThreads, 1)
     transform_kernel(const __grid_constant__ TransformPlan p, const Source source,
@@ -809,11 +853,12 @@ __global__ void __launch_bounds__(kMaxTransformThreads, 1)
   unsigned char* data = dynamic_shared();
   unsigned char* table = data + p.table_at;
   int* ranges = reinterpret_cast<int*>(data + p.ranges_at);
-  int* slots = reinterpret_cast<int*>(data + p.slots_at);
+  unsigned char* slots = data + p.slots_at;
+  const int slots_bytes = p.tile_rows * p.row_slots * Sink::kSlotBytes;
   stage_factor(p, reinterpret_cast<int8_t*>(data));  // the tile is not there yet
   const Loader<Source, Op, kColumns, kSimple, kOne> load(p, source, data);
 
-  int64_t tile = blockIdx.x;
+  int tile = blockIdx.x;
   typename Source::Raw raw[kThreadChunks];  // of the next tile, kEarly
   if constexpr (kEarly) {
     const auto run = load.run_of(tile);
@@ -824,18 +869,19 @@ __global__ void __launch_bounds__(kMaxTransformThreads, 1)
   __syncthreads();
   make_table<Op::kMiddle>(p, reinterpret_cast<const int8_t*>(data), table);
   __syncthreads();
+  load.make_lanes();
   if constexpr (kColumns && kSimple) load.make_places();
   const int slots_of_ranges = p.stacked * p.side;
   for (int i = threadIdx.x; i < 2 * slots_of_ranges; i += blockDim.x) ranges[i] = 0;
-  for (int o = 0; o < Op::kPlanes; ++o) {
+  for (int o = 0; o < Op::kPlanes * p.buffers; ++o) {
     const int first = p.stacked * p.order * p.part_columns * 2;
     for (int i = first + threadIdx.x * 16; i < p.plane_bytes; i += blockDim.x * 16)
       *reinterpret_cast<uint4*>(data + o * p.plane_bytes + i) = {0, 0, 0, 0};
   }
-  sink.start(p, slots);
+  sink.clear(p, slots);
   __syncthreads();
 
-  for (int turn = 0; tile < p.tiles; tile += gridDim.x, turn ^= 1) {
+  for (int turn = 0; tile < p.tiles; tile += static_cast<int>(gridDim.x), turn ^= 1) {
     int* range = ranges + turn * slots_of_ranges;
     const int passes = kSimple ? 1 : sink.passes(p.parts);
     for (int pass = 0; pass < passes; ++pass) {
@@ -857,27 +903,33 @@ __global__ void __launch_bounds__(kMaxTransformThreads, 1)
         }
       }
       const int part = kSimple ? 0 : pass % p.parts;
-      __syncthreads();  // all have multiplied the part before
-      for (int i = threadIdx.x; i < slots_of_ranges; i += blockDim.x)
-        ranges[(turn ^ 1) * slots_of_ranges + i] = 0;
+      // All know the ranges and have multiplied what was in the tile's buffer before.
+      if (p.guard || p.buffers == 1) __syncthreads();
+      if (p.guard && pass == 0) {
+        for (int i = threadIdx.x; i < slots_of_ranges; i += blockDim.x)
+          ranges[(turn ^ 1) * slots_of_ranges + i] = 0;
+      }
+      const int buffer = p.buffers == 2 ? turn * p.buffer_bytes : 0;
       for (int batch = 0; batch < batches; ++batch) {
         if (!kSimple) read(batch);
-        load.spread(held, batch, part, range);
+        load.spread(held, batch, part, range, buffer);
       }
-      if (kEarly && tile + gridDim.x < p.tiles) {
-        const auto next = load.run_of(tile + gridDim.x);
+      if (kEarly && tile + static_cast<int>(gridDim.x) < p.tiles) {
+        const auto next = load.run_of(tile + static_cast<int>(gridDim.x));
 #pragma unroll
         for (int i = 0; i < kThreadChunks; ++i) load.fetch(raw[i], next, 0, i);
       }
       __syncthreads();
-      if (!kEarly && tile + gridDim.x < p.tiles) load.announce(tile + gridDim.x);
+      if (pass == 0) sink.clear(p, slots + (turn ^ 1) * slots_bytes);
+      if (!kEarly && tile + static_cast<int>(gridDim.x) < p.tiles) load.announce(tile + static_cast<int>(gridDim.x));
 
-      const int64_t rows_left = p.rows - tile * p.tile_rows;
+      const int64_t rows_left = p.rows - int64_t{tile} * p.tile_rows;
       const int blocks = static_cast<int>(min(static_cast<int64_t>(p.tile_rows), rows_left)) *
                          p.row_blocks.divisor();
       Product product;
-      multiply<Op::kMiddle, Op::kPlanes>(product, p, data, table, part, blocks);
-      sink.take(p, product, TileScales<Op::kFirst, Op::kScaled, kOne>{range}, slots, tile, pass);
+      multiply<Op::kMiddle, Op::kPlanes>(product, p, data + buffer, table, part, blocks);
+      sink.take(p, product, TileScales<Op::kFirst, Op::kScaled, kOne>{range},
+                slots + turn * slots_bytes, tile, pass);
     }
   }
 }
@@ -894,7 +946,7 @@ bool launch_transform(const HadamardMatrix& matrix, int64_t rows, int64_t n, int
                       Sink::kSlotBytes))
     return false;
   launch(!p.simple            ? &transform_kernel<Source, Sink, kColumns, false, false>
-         : p.tile_blocks == 1 ? &transform_kernel<Source, Sink, kColumns, true, true>
+         : p.stacked * p.side == 1 ? &transform_kernel<Source, Sink, kColumns, true, true>
                               : &transform_kernel<Source, Sink, kColumns, true, false>,
          persistent_blocks(p), p.threads, p.shared_bytes, stream, p, source, sink);
   return true;
