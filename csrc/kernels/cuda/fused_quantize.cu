@@ -38,7 +38,8 @@ template <bool kColumns, DType kDtype>
 void hadamard_rows(const Rows& x, const HadamardMatrix& matrix, int64_t inner,
                    const QuantizedRows& out, Stream stream, const char* op) {
   const RowSource<kDtype> source{x.data, x.row_stride};
-  transform_quantize<kColumns>(source, chunks_are_aligned(x), matrix, x.rows, x.n, inner, out, stream, op);
+  transform_quantize<kColumns>(source, chunks_are_aligned(x), matrix, x.rows, x.n, inner, out,
+                               stream, op);
 }
 
 template <bool kColumns>
@@ -62,7 +63,7 @@ void glu_rows(const GluHadamardQuantizeArgs& args, Stream stream) {
   const GluSource<kDtype> source{x.data, x.row_stride, static_cast<int>(n), args.activation};
   const bool aligned = chunks_are_aligned(x) && n % kChunk == 0;
   transform_quantize<true>(source, aligned, args.matrix, x.rows, n, 1, args.out, stream,
-                     "glu_hadamard_quantize");
+                           "glu_hadamard_quantize");
 }
 
 template <DType kDtype>
@@ -86,7 +87,8 @@ void hadamard_quantize(const HadamardQuantizeArgs& args, Stream stream) {
 }
 
 void head_hadamard_quantize(const HeadHadamardQuantizeArgs& args, Stream stream) {
-  hadamard_any<false>(args.x, args.matrix, args.head_dim, args.out, stream, "head_hadamard_quantize");
+  hadamard_any<false>(args.x, args.matrix, args.head_dim, args.out, stream,
+                      "head_hadamard_quantize");
 }
 
 void rmsnorm_quantize(const RmsnormQuantizeArgs& args, Stream stream) {

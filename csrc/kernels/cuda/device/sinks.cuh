@@ -31,8 +31,7 @@ struct StoreSink {
     for (int i = 0; i < kThreadChunks; ++i) {
       const int e = product.offset(i);
       if (e < 0) continue;
-      const float scale =
-          p.scale * (Scales::kOne ? common : scales(p, p.block_size(e)));
+      const float scale = p.scale * (Scales::kOne ? common : scales(p, p.block_size(e)));
       float v[kChunk];
       product.values(v, i);
 #pragma unroll
@@ -105,9 +104,7 @@ struct QuantizeSink {
     const int count = p.tile_rows * p.row_slots;
     const bool symmetric = quantizer.symmetric();
     const float common = Scales::kOne ? scales(p, 0) : 1.0f;
-    const auto scale_of = [&](int e) {
-      return Scales::kOne ? common : scales(p, p.block_size(e));
-    };
+    const auto scale_of = [&](int e) { return Scales::kOne ? common : scales(p, p.block_size(e)); };
 
     if (pass < p.parts) {
       Range all;
@@ -145,8 +142,7 @@ struct QuantizeSink {
       }
     } else if (pass == p.parts - 1) {
       const int64_t rows_left = p.rows - int64_t{tile} * p.tile_rows;
-      const int some =
-          rows_left < p.tile_rows ? static_cast<int>(rows_left) * p.row_slots : count;
+      const int some = rows_left < p.tile_rows ? static_cast<int>(rows_left) * p.row_slots : count;
       quantizer.finish(slots, some, int64_t{tile} * count, fabsf(p.scale));
       if (some < count) quantizer.clear(slots + some, count - some);
       __syncthreads();

@@ -26,7 +26,8 @@ struct RowSource {
   int64_t row_stride;
 
   static constexpr DType kDtype = kType;
-  static constexpr int kInFlight = kType == DType::f32 ? 2 : 8;  // chunks a thread loads before it uses them
+  static constexpr int kInFlight =
+      kType == DType::f32 ? 2 : 8;  // chunks a thread loads before it uses them
   static constexpr bool kNormalised = false;
   using Raw = Chunk<kType>;
 
@@ -70,8 +71,8 @@ __device__ __forceinline__ float activate(float a) {
   if constexpr (kActivation == Activation::silu) {
     return a * sigmoid(a);
   } else if constexpr (kActivation == Activation::gelu) {
-    // 0.5 * a * erfc(-a / sqrt(2)), erfc to 1.5e-7 by Abramowitz and Stegun 7.1.26: erff takes three
-    // times the instructions, in code that is unrolled 64 times.
+    // 0.5 * a * erfc(-a / sqrt(2)), erfc to 1.5e-7 by Abramowitz and Stegun 7.1.26: erff takes
+    // three times the instructions, in code that is unrolled 64 times.
     const float x = fabsf(a) * 0x1.6a09e6p-1f, t = reciprocal_fast(__fmaf_rn(x, 0.3275911f, 1.0f));
     float tail = __fmaf_rn(t, 1.061405429f, -1.453152027f);
     tail = __fmaf_rn(t, tail, 1.421413741f);
