@@ -61,14 +61,14 @@ __device__ __forceinline__ void to_planes(uint4 (&fragment)[kPlanes], Square x, 
   }
 }
 
-/// The constant matrices of the two 16-point steps as fragments. Index bits of the steps, lowest
-/// first, are bits of the group: A's rows 5 0 1 3, its columns 0 3 5 1; B's rows 4 6 7 2, its
-/// columns 2 6 7 4.
+/// The constant matrices of the two 16-point steps as fragments, and -I.
 struct GroupSigns {
   uint4 a;
-  uint2 b[2];  // columns 0-7 and 8-15
-  uint32_t minus;
+  uint2 b[2];      // columns 0-7 and 8-15
+  uint32_t minus;  // the nonzero word of -I's
 };
+/// The bits of a group, a nibble each, that the index bits of the steps are, lowest first.
+constexpr int kRowsOfA = 0x3105, kColumnsOfA = 0x1530, kRowsOfB = 0x2764, kColumnsOfB = 0x4762;
 
 /// The four bits of `index` to the bits of a group that `to` names, a nibble each.
 __device__ __forceinline__ int spread_bits(int index, int to) {
@@ -78,31 +78,17 @@ __device__ __forceinline__ int spread_bits(int index, int to) {
   return x;
 }
 
-template <DType kFirst, DType kMiddle>
-__device__ __forceinline__ GroupSigns make_group_signs(int segment_bits) {
-  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  const int mask = (1 << segment_bits) - 1;
-  const auto sign = [&](int x, int y) {
-    if (((x ^ y) & ~mask) != 0) return 0;
-    return __popc(x & y & mask) & 1 ? -1 : 1;
+/// Elements (x, y) and (x, y + 1) of a step's matrix: H_2's on bits below segment_bits, else I's.
+template <DType kDtype>
+__device__ __forceinline__ uint32_t sign_pair(int segment_bits, int x, int x_bits, int y,
+                                              int y_bits) {
+  const auto sign = [&](int a, int b) {
+    if ((a ^ b) >> segment_bits != 0) return 0;
+    return __popc(a & b & ((1 << segment_bits) - 1)) & 1 ? -1 : 1;
   };
-  const auto pair_a = [&](int row, int column) {
-    const int i = spread_bits(row, 0x3105);
-    return sign_bits<kFirst>(sign(i, spread_bits(column, 0x1530))) |
-           sign_bits<kFirst>(sign(i, spread_bits(column + 1, 0x1530))) << 16;
-  };
-  const auto pair_b = [&](int row, int column) {
-    const int j = spread_bits(column, 0x4762);
-    return sign_bits<kMiddle>(sign(spread_bits(row, 0x2764), j)) |
-           sign_bits<kMiddle>(sign(spread_bits(row + 1, 0x2764), j)) << 16;
-  };
-  GroupSigns s;
-  s.a = {pair_a(g, 2 * t), pair_a(g + 8, 2 * t), pair_a(g, 2 * t + 8), pair_a(g + 8, 2 * t + 8)};
-  s.b[0] = {pair_b(2 * t, g), pair_b(2 * t + 8, g)};
-  s.b[1] = {pair_b(2 * t, g + 8), pair_b(2 * t + 8, g + 8)};
-  s.minus = (2 * t == g ? sign_bits<kMiddle>(-1) : 0) |
-            (2 * t + 1 == g ? sign_bits<kMiddle>(-1) << 16 : 0);
-  return s;
+  const int a = spread_bits(x, x_bits);
+  return sign_bits<kDtype>(sign(a, spread_bits(y, y_bits))) |
+         sign_bits<kDtype>(sign(a, spread_bits(y + 1, y_bits))) << 16;
 }
 
 // ---- F = I (x) H_K (x) H_2^q in shared memory: [depth][depth] of the middle type ----------------
@@ -228,6 +214,8 @@ struct Loader {
   // ---- Where things are
   // --------------------------------------------------------------------------
 
+  __device__ __forceinline__ int first_group() const { return threadIdx.x / kWarp; }
+  __device__ __forceinline__ int warps() const { return blockDim.x / kWarp; }
   __device__ __forceinline__ int lane_chunk() const {  // bits 3 5 of a group are t, 4 6 7 are g
     const int l = threadIdx.x % kWarp;
     return kColumns ? (l & 1) << 3 | (l >> 1 & 1) << 5 | (l >> 2 & 1) << 4 | (l >> 3) << 6
@@ -279,14 +267,24 @@ struct Loader {
         places()[g] = unit_address(p, at.x, at.y);
       }
     }
-    if (threadIdx.x >= kWarp) return;
-    const GroupSigns s = make_group_signs<Op::kFirst, Op::kMiddle>(p.segment_bits);
-    const int bits = p.segment_bits + p.block_bits;
-    const int at = unit_address(p, lane_unit() >> bits, lane_unit() & ((1 << bits) - 1));
-    lanes()[0] = s.a;
-    lanes()[kWarp] = {s.b[0].x, s.b[0].y, s.b[1].x, s.b[1].y};
-    lanes()[2 * kWarp] = {s.minus, static_cast<uint32_t>(at & 0x70),
-                          static_cast<uint32_t>(at & ~0x70), 0};
+    const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+    for (int j = first_group(); j < 9; j += warps()) {  // words of the fragments, and the rest
+      uint32_t* to = reinterpret_cast<uint32_t*>(lanes() + j / 4 * kWarp) + j % 4;
+      if (j < 4) {
+        *to = sign_pair<Op::kFirst>(p.segment_bits, g + j % 2 * 8, kRowsOfA, 2 * t + j / 2 * 8,
+                                    kColumnsOfA);
+      } else if (j < 8) {
+        *to = sign_pair<Op::kMiddle>(p.segment_bits, g + j / 2 % 2 * 8, kColumnsOfB,
+                                     2 * t + j % 2 * 8, kRowsOfB);
+      } else {
+        const int bits = p.segment_bits + p.block_bits;
+        const int at = unit_address(p, lane_unit() >> bits, lane_unit() & ((1 << bits) - 1));
+        const uint32_t minus = (2 * t == g ? sign_bits<Op::kMiddle>(-1) : 0) |
+                               (2 * t + 1 == g ? sign_bits<Op::kMiddle>(-1) << 16 : 0);
+        lanes()[2 * kWarp] = {minus, static_cast<uint32_t>(at & 0x70),
+                              static_cast<uint32_t>(at & ~0x70), 0};
+      }
+    }
   }
   __device__ __forceinline__ Lane this_lane() const {
     const uint4 a = lanes()[0], b = lanes()[kWarp], c = lanes()[2 * kWarp];
@@ -306,9 +304,6 @@ struct Loader {
     const int64_t first = int64_t{tile} * p.tile_rows;
     return {first, static_cast<int>(min(p.rows - first, int64_t{p.tile_rows})), source.row(first)};
   }
-  __device__ __forceinline__ int first_group() const { return threadIdx.x / kWarp; }
-  __device__ __forceinline__ int warps() const { return blockDim.x / kWarp; }
-
   /// Starts to load a tile to where its chunks wait; zeros where there are none. unit(g): unit_of.
   template <class Unit>
   __device__ __forceinline__ void stage(const Run& run, int buffer, const Unit& unit) const {
