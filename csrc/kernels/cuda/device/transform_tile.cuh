@@ -31,7 +31,7 @@ struct Operands {
 constexpr int kTargetExponent = 6;
 template <DType kDtype>
 __device__ __forceinline__ int exponent_of(int bits) {
-  constexpr int kMost = kDtype == DType::f16 ? 15 : 100;  // as powers of two of the type
+  constexpr int kMost = kDtype == DType::f16 ? 15 : 126;  // as powers of two of the type
   return bits >= kInfinityBits ? 0 : min(kTargetExponent + 127 - (bits >> 23), kMost);
 }
 __device__ __forceinline__ float power_of_two(int exponent) {
@@ -211,8 +211,7 @@ struct Loader {
   const Source& source;
   unsigned char* data;
 
-  // ---- Where things are
-  // --------------------------------------------------------------------------
+  // ---- Where things are ------------------------------------------------------------------------
 
   __device__ __forceinline__ int first_group() const { return threadIdx.x / kWarp; }
   __device__ __forceinline__ int warps() const { return blockDim.x / kWarp; }
@@ -291,8 +290,7 @@ struct Loader {
     return {{a, {{b.x, b.y}, {b.z, b.w}}, c.x}, static_cast<int>(c.y), static_cast<int>(c.z)};
   }
 
-  // ---- Steps
-  // -------------------------------------------------------------------------------------
+  // ---- Steps -----------------------------------------------------------------------------------
 
   /// A tile's rows.
   struct Run {
