@@ -23,14 +23,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
-/// The same, or 16 bytes of zeros.
-__device__ __forceinline__ void cp_async_16_or_zeros(uint32_t shared, const void* global,
-                                                     bool load) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
-               "r"(load ? 16 : 0)
-               : "memory");
-}
-/// Waits for all of this thread's copies.
+/// Waits for all of this thread's cp_async_16.
 __device__ __forceinline__ void cp_async_wait_all() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }

@@ -40,10 +40,6 @@ struct RowSource {
   __device__ __forceinline__ Raw load_from(const char* row, uint32_t column) const {
     return load_chunk<kType>(row + column * static_cast<uint32_t>(bytes_of(kType)), 0);
   }
-  /// Its 16 bytes number w.
-  __device__ __forceinline__ const char* word(const char* row, int column, int w) const {
-    return row + static_cast<uint32_t>(column * bytes_of(kType) + w * 16);
-  }
   __device__ __forceinline__ void announce(const char* row, int column) const {
     prefetch_l2(row + column * bytes_of(kType));
   }
@@ -128,10 +124,6 @@ struct GluSource {
   __device__ __forceinline__ Raw load_from(const char* row, uint32_t column) const {
     const char* at = row + column * static_cast<uint32_t>(bytes_of(kType));
     return {load_chunk<kType>(at, 0), load_chunk<kType>(at, n)};
-  }
-  __device__ __forceinline__ const char* word(const char* row, int column, int w) const {
-    constexpr int kEach = kType == DType::f32 ? 2 : 1;  // of gate, then of up
-    return row + static_cast<uint32_t>((column + w / kEach * n) * bytes_of(kType) + w % kEach * 16);
   }
   __device__ __forceinline__ void announce(const char* row, int column) const {
     prefetch_l2(row + column * bytes_of(kType));

@@ -111,19 +111,19 @@ __device__ __forceinline__ void multiply(Product& product, const TransformPlan& 
       uint32_t from = b_at + static_cast<uint32_t>(o * p.plane_bytes), signs = a_at;
 #pragma unroll 2
       for (int k = 0; k < row_tiles; ++k) {
-        // All fragments before the first product: they arrive while others multiply. The second
-        // one of F^T may lie beyond the table: then its results are not used.
-        uint32_t a0[4], a1[4], b[4][4];
+        uint32_t a0[4],
+            a1[4];  // the second may lie beyond the table: then its results are not used
         ldmatrix_x4_trans(a0, signs);
         ldmatrix_x4_trans(a1, signs + kMmaRows * 2);
 #pragma unroll
-        for (int c = 0; c < 4; ++c) ldmatrix_x4_trans(b[c], from ^ static_cast<uint32_t>(c << 5));
+        for (int c = 0; c < 8; c += 2) {
+          uint32_t b[4];
+          ldmatrix_x4_trans(b, from ^ static_cast<uint32_t>(c << 4));
 #pragma unroll
-        for (int c = 0; c < 8; ++c) {
-          mma<kMiddle>(sum[0][c], {a0[0], a0[1], a0[2], a0[3]}, b[c / 2][c % 2 * 2],
-                       b[c / 2][c % 2 * 2 + 1]);
-          mma<kMiddle>(sum[1][c], {a1[0], a1[1], a1[2], a1[3]}, b[c / 2][c % 2 * 2],
-                       b[c / 2][c % 2 * 2 + 1]);
+          for (int i = 0; i < 2; ++i) {
+            mma<kMiddle>(sum[0][c + i], {a0[0], a0[1], a0[2], a0[3]}, b[2 * i], b[2 * i + 1]);
+            mma<kMiddle>(sum[1][c + i], {a1[0], a1[1], a1[2], a1[3]}, b[2 * i], b[2 * i + 1]);
+          }
         }
         from += static_cast<uint32_t>(kMmaDepth * pitch);
         signs += static_cast<uint32_t>(kMmaDepth * table_pitch(p.depth));
@@ -166,76 +166,94 @@ struct TileScales {
   }
 };
 
-/// Source: kDtype, kBytes; Raw, row, word, load_from, load, values, announce (sources.cuh). Sink:
-/// kExact, kSlotBytes; passes(parts) over the parts; clear(plan, slots) before a tile; take(plan,
-/// product, scales, slots, tile, pass).
+/// Source: kDtype; Raw, load(row, column), values (sources.cuh). Sink: kExact, kSlotBytes;
+/// passes(parts) over the parts; clear(plan, slots) before a tile; take(plan, product, scales,
+/// slots, tile, pass).
 template <class Source, class Sink, bool kColumns, bool kSimple, bool kOne>
 __global__ void __launch_bounds__(kMaxTransformThreads, 1)
     transform_kernel(const __grid_constant__ TransformPlan p, const Source source,
                      const Sink sink) {
   using Op = Operands<Source, Sink::kExact, kColumns>;
+  constexpr bool kEarly = kSimple && Op::kDirect;  // else registers are too few
   unsigned char* data = dynamic_shared();
   unsigned char* table = data + p.table_at;
   int* ranges = reinterpret_cast<int*>(data + p.ranges_at);
   unsigned char* slots = data + p.slots_at;
   const int slots_bytes = p.tile_rows * p.row_slots * Sink::kSlotBytes;
-  const int range_count = p.stacked * p.side;
-  const int step = static_cast<int>(gridDim.x);
-  const Loader<Source, Op, kColumns, kSimple, kOne> load{p, source, data};
+  stage_factor(p, reinterpret_cast<int8_t*>(data));  // the tile is not there yet
+  const Loader<Source, Op, kColumns, kSimple, kOne> load(p, source, data);
 
   int tile = blockIdx.x;
-  load.stage(load.run_of(tile), 0, [&](int g) { return load.unit_of(g); });
-  auto* factor = reinterpret_cast<int8_t*>(data + p.factor_at);
-  stage_factor(p, factor);
-  load.prepare();
-  for (int i = threadIdx.x; i < 2 * range_count; i += blockDim.x) ranges[i] = 0;
+  typename Source::Raw raw[kThreadChunks];  // of the next tile, kEarly
+  if constexpr (kEarly) {
+    const auto run = load.run_of(tile);
+#pragma unroll
+    for (int i = 0; i < kThreadChunks; ++i) load.fetch(raw[i], run, 0, i);
+  }
+  cp_async_wait_all();
+  __syncthreads();
+  make_table<Op::kMiddle>(p, reinterpret_cast<const int8_t*>(data), table);
+  __syncthreads();
+  load.make_lanes();
+  if constexpr (kColumns && kSimple) load.make_places();
+  const int slots_of_ranges = p.stacked * p.side;
+  for (int i = threadIdx.x; i < 2 * slots_of_ranges; i += blockDim.x) ranges[i] = 0;
   for (int o = 0; o < Op::kPlanes * p.buffers; ++o) {
     const int first = p.stacked * p.order * p.part_columns * 2;
     for (int i = first + threadIdx.x * 16; i < p.plane_bytes; i += blockDim.x * 16)
       *reinterpret_cast<uint4*>(data + o * p.plane_bytes + i) = {0, 0, 0, 0};
   }
   sink.clear(p, slots);
-  cp_async_wait_all();
   __syncthreads();
-  make_table<Op::kMiddle>(p, factor, table);
 
-  for (int turn = 0; tile < p.tiles; tile += step, turn ^= 1) {
-    int* range = ranges + turn * range_count;
-    const int buffer = p.buffers == 2 ? turn * p.buffer_bytes : 0;
-    const auto run = load.run_of(tile);
-    const bool more = tile + step < p.tiles;
+  for (int turn = 0; tile < p.tiles; tile += static_cast<int>(gridDim.x), turn ^= 1) {
+    int* range = ranges + turn * slots_of_ranges;
     const int passes = kSimple ? 1 : sink.passes(p.parts);
     for (int pass = 0; pass < passes; ++pass) {
-      const int part = kSimple ? 0 : pass % p.parts;
-      if (kSimple) cp_async_wait_all();  // a lane reads what it has loaded itself
-      if ((kOne ? Op::kScaled : p.guard) && pass == 0) {
-        load.measure(run, buffer, range);
-        __syncthreads();
-        for (int i = threadIdx.x; i < range_count; i += blockDim.x)
-          ranges[(turn ^ 1) * range_count + i] = 0;
-      }
-      if (!kSimple) __syncthreads();  // all have multiplied the part before
-      load.spread(run, buffer, part, range);
-      __syncthreads();
-      if (pass == 0) sink.clear(p, slots + (turn ^ 1) * slots_bytes);
-      if (kSimple && more) {
-        const auto next = load.run_of(tile + step);
-        if (p.buffers == 2) {
-          const Lane lane = load.this_lane();
-          load.stage(next, p.buffer_bytes - buffer, [&](int g) { return load.unit_of(g, lane); });
+      Held<Op::kDirect> held[kThreadChunks];
+      const auto read = [&](int batch) {
+        if constexpr (kEarly) {
+#pragma unroll
+          for (int i = 0; i < kThreadChunks; ++i) load.hold(held[i], raw[i]);
         } else {
-          load.announce(next);
+          load.read(held, tile, batch);
+        }
+      };
+      const int batches = kSimple ? 1 : p.batches;
+      if (kSimple) read(0);
+      if ((kOne ? Op::kScaled : p.guard) && pass == 0) {
+        for (int batch = 0; batch < batches; ++batch) {
+          if (!kSimple) read(batch);
+          load.measure(held, batch, range);
         }
       }
-
-      Product product;
-      multiply<Op::kMiddle, Op::kPlanes>(product, p, data + buffer, table, part,
-                                         run.rows * p.row_blocks.divisor());
-      if (kSimple && p.buffers == 1 && more) {
-        __syncthreads();
-        const Lane lane = load.this_lane();
-        load.stage(load.run_of(tile + step), 0, [&](int g) { return load.unit_of(g, lane); });
+      const int part = kSimple ? 0 : pass % p.parts;
+      // All know the ranges and have multiplied what was in the tile's buffer before.
+      if (p.guard || p.buffers == 1) __syncthreads();
+      if (p.guard && pass == 0) {
+        for (int i = threadIdx.x; i < slots_of_ranges; i += blockDim.x)
+          ranges[(turn ^ 1) * slots_of_ranges + i] = 0;
       }
+      const int buffer = p.buffers == 2 ? turn * p.buffer_bytes : 0;
+      for (int batch = 0; batch < batches; ++batch) {
+        if (!kSimple) read(batch);
+        load.spread(held, batch, part, range, buffer);
+      }
+      if (kEarly && tile + static_cast<int>(gridDim.x) < p.tiles) {
+        const auto next = load.run_of(tile + static_cast<int>(gridDim.x));
+#pragma unroll
+        for (int i = 0; i < kThreadChunks; ++i) load.fetch(raw[i], next, 0, i);
+      }
+      __syncthreads();
+      if (pass == 0) sink.clear(p, slots + (turn ^ 1) * slots_bytes);
+      if (!kEarly && tile + static_cast<int>(gridDim.x) < p.tiles)
+        load.announce(tile + static_cast<int>(gridDim.x));
+
+      const int64_t rows_left = p.rows - int64_t{tile} * p.tile_rows;
+      const int blocks = static_cast<int>(min(static_cast<int64_t>(p.tile_rows), rows_left)) *
+                         p.row_blocks.divisor();
+      Product product;
+      multiply<Op::kMiddle, Op::kPlanes>(product, p, data + buffer, table, part, blocks);
       sink.take(p, product, TileScales<Op::kFirst, Op::kScaled, kOne>{range},
                 slots + turn * slots_bytes, tile, pass);
     }

@@ -61,14 +61,14 @@ __device__ __forceinline__ void to_planes(uint4 (&fragment)[kPlanes], Square x, 
   }
 }
 
-/// The constant matrices of the two 16-point steps as fragments, and -I.
+/// The constant matrices of the two 16-point steps as fragments. Index bits of the steps, lowest
+/// first, are bits of the group: A's rows 5 0 1 3, its columns 0 3 5 1; B's rows 4 6 7 2, its
+/// columns 2 6 7 4.
 struct GroupSigns {
   uint4 a;
-  uint2 b[2];      // columns 0-7 and 8-15
-  uint32_t minus;  // the nonzero word of -I's
+  uint2 b[2];  // columns 0-7 and 8-15
+  uint32_t minus;
 };
-/// The bits of a group, a nibble each, that the index bits of the steps are, lowest first.
-constexpr int kRowsOfA = 0x3105, kColumnsOfA = 0x1530, kRowsOfB = 0x2764, kColumnsOfB = 0x4762;
 
 /// The four bits of `index` to the bits of a group that `to` names, a nibble each.
 __device__ __forceinline__ int spread_bits(int index, int to) {
@@ -78,17 +78,31 @@ __device__ __forceinline__ int spread_bits(int index, int to) {
   return x;
 }
 
-/// Elements (x, y) and (x, y + 1) of a step's matrix: H_2's on bits below segment_bits, else I's.
-template <DType kDtype>
-__device__ __forceinline__ uint32_t sign_pair(int segment_bits, int x, int x_bits, int y,
-                                              int y_bits) {
-  const auto sign = [&](int a, int b) {
-    if ((a ^ b) >> segment_bits != 0) return 0;
-    return __popc(a & b & ((1 << segment_bits) - 1)) & 1 ? -1 : 1;
+template <DType kFirst, DType kMiddle>
+__device__ __forceinline__ GroupSigns make_group_signs(int segment_bits) {
+  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  const int mask = (1 << segment_bits) - 1;
+  const auto sign = [&](int x, int y) {
+    if (((x ^ y) & ~mask) != 0) return 0;
+    return __popc(x & y & mask) & 1 ? -1 : 1;
   };
-  const int a = spread_bits(x, x_bits);
-  return sign_bits<kDtype>(sign(a, spread_bits(y, y_bits))) |
-         sign_bits<kDtype>(sign(a, spread_bits(y + 1, y_bits))) << 16;
+  const auto pair_a = [&](int row, int column) {
+    const int i = spread_bits(row, 0x3105);
+    return sign_bits<kFirst>(sign(i, spread_bits(column, 0x1530))) |
+           sign_bits<kFirst>(sign(i, spread_bits(column + 1, 0x1530))) << 16;
+  };
+  const auto pair_b = [&](int row, int column) {
+    const int j = spread_bits(column, 0x4762);
+    return sign_bits<kMiddle>(sign(spread_bits(row, 0x2764), j)) |
+           sign_bits<kMiddle>(sign(spread_bits(row + 1, 0x2764), j)) << 16;
+  };
+  GroupSigns s;
+  s.a = {pair_a(g, 2 * t), pair_a(g + 8, 2 * t), pair_a(g, 2 * t + 8), pair_a(g + 8, 2 * t + 8)};
+  s.b[0] = {pair_b(2 * t, g), pair_b(2 * t + 8, g)};
+  s.b[1] = {pair_b(2 * t, g + 8), pair_b(2 * t + 8, g + 8)};
+  s.minus = (2 * t == g ? sign_bits<kMiddle>(-1) : 0) |
+            (2 * t + 1 == g ? sign_bits<kMiddle>(-1) << 16 : 0);
+  return s;
 }
 
 // ---- F = I (x) H_K (x) H_2^q in shared memory: [depth][depth] of the middle type ----------------
@@ -178,64 +192,89 @@ struct Position {
 
 // ---- Steps --------------------------------------------------------------------------------------
 
-/// What a lane needs to transform its part of a group. It waits in shared memory: registers are
-/// short while a warp multiplies.
-struct Lane {
-  GroupSigns signs;
-  int bits, offset;  // of the address of its unit: xored and added to that of the group's first
-};
-
-/// A lane's 8 values: words of 16-bit elements, or floats.
+/// A chunk as it waits in registers: words of 16-bit elements, or floats.
 template <bool kDirect>
-struct alignas(16) Values {
+struct Held {
   uint32_t w[4];
 };
 template <>
-struct alignas(16) Values<false> {
+struct Held<false> {
   float v[kChunk];
 };
 
-/// Brings, measures and spreads a tile's elements, 256 neighbours a warp and step: a group, or,
-/// without columns, 32 chunks. kSimple: a chunk waits in the place where its lane's result will
-/// be. kOne: one block a tile.
+/// Loads, measures and spreads a thread's chunks of a tile: one of each of its groups of 256
+/// neighbours; without columns, any chunk.
 template <class Source, class Op, bool kColumns, bool kSimple, bool kOne>
 struct Loader {
-  using Raw = typename Source::Raw;
-  using Values8 = Values<Op::kDirect>;
+  using Chunk8 = Held<Op::kDirect>;
   static constexpr int kInputs = Op::kDirect ? 1 : Op::kPlanes;
-  static constexpr int kWords = sizeof(Raw) / sizeof(uint4);
-  /// Chunks wait as they are in memory; else as the floats that `measure` makes of them.
-  static constexpr bool kStaged = kSimple && kWords <= Op::kPlanes;
 
   const TransformPlan& p;
   const Source& source;
   unsigned char* data;
+  int* places;  // [warp][chunk] the address of the group's first unit
 
-  // ---- Where things are ------------------------------------------------------------------------
+  __device__ __forceinline__ Loader(const TransformPlan& plan, const Source& from,
+                                    unsigned char* shared)
+      : p(plan), source(from), data(shared), places(reinterpret_cast<int*>(shared + p.places_at)) {}
 
-  __device__ __forceinline__ int first_group() const { return threadIdx.x / kWarp; }
-  __device__ __forceinline__ int warps() const { return blockDim.x / kWarp; }
-  __device__ __forceinline__ int lane_chunk() const {  // bits 3 5 of a group are t, 4 6 7 are g
+  /// What a lane needs to transform its part of a group. It waits in shared memory: registers are
+  /// short while a warp multiplies.
+  struct Lane {
+    GroupSigns signs;
+    int unit;    // the first element of its unit in the group
+    int offset;  // the address of that
+    int bits;    // to be xored to the address
+  };
+  __device__ __forceinline__ uint4* lanes() const {
+    return reinterpret_cast<uint4*>(data + p.lanes_at) + threadIdx.x % kWarp;
+  }
+  __device__ __forceinline__ void make_lanes() const {
+    if (threadIdx.x >= kWarp) return;
+    const int l = threadIdx.x;
+    Lane lane;
+    lane.signs = make_group_signs<Op::kFirst, Op::kMiddle>(p.segment_bits);
+    // Lane (g, t): bits 4 6 7 of its chunk are g, bits 3 5 are t. Of its unit, 5 0 1 and 6 7.
+    const int row_bit = p.segment_bits + p.block_bits;
+    lane.unit = (l >> 2 & 1) << 5 | l >> 3 | (l & 3) << 6;
+    const int at = unit_address(p, lane.unit >> row_bit, lane.unit & ((1 << row_bit) - 1));
+    lane.bits = at & 0x70;
+    lane.offset = at - lane.bits;
+    const GroupSigns& s = lane.signs;
+    lanes()[0] = s.a;
+    lanes()[kWarp] = {s.b[0].x, s.b[0].y, s.b[1].x, s.b[1].y};
+    lanes()[2 * kWarp] = {s.minus, static_cast<uint32_t>(lane.unit),
+                          static_cast<uint32_t>(lane.offset), static_cast<uint32_t>(lane.bits)};
+  }
+  __device__ __forceinline__ Lane this_lane() const {
+    const uint4 a = lanes()[0], b = lanes()[kWarp], c = lanes()[2 * kWarp];
+    return {{a, {{b.x, b.y}, {b.z, b.w}}, c.x},
+            static_cast<int>(c.y),
+            static_cast<int>(c.z),
+            static_cast<int>(c.w)};
+  }
+  /// The lane's chunk in a group: its first element.
+  __device__ __forceinline__ int lane_chunk() const {
     const int l = threadIdx.x % kWarp;
     return kColumns ? (l & 1) << 3 | (l >> 1 & 1) << 5 | (l >> 2 & 1) << 4 | (l >> 3) << 6
                     : l * kChunk;
   }
-  __device__ __forceinline__ int lane_unit() const {  // bits 5 0 1 are g, 6 7 are t
-    const int l = threadIdx.x % kWarp;
-    return (l >> 2 & 1) << 5 | l >> 3 | (l & 3) << 6;
+  __device__ __forceinline__ int index(int batch, int i) const {
+    const int lanes = kColumns ? blockDim.x / kWarp : blockDim.x;
+    const int lane = kColumns ? threadIdx.x / kWarp : threadIdx.x;
+    return (batch * kThreadChunks + i) * lanes + lane;
   }
-  /// Of element `at` of group g.
+  /// Of element `at` of group g; without columns, of chunk g.
   __device__ __forceinline__ Position position(int g, int at) const {
+    const int blocks = p.block_groups(g);
+    const int rest = g - blocks * p.block_groups.divisor();
     if constexpr (kColumns) {
-      const int blocks = p.block_groups(g), rest = g - blocks * p.block_groups.divisor();
       return {(blocks << p.block_bits) + (at >> p.segment_bits & ((1 << p.block_bits) - 1)),
               (rest << p.order_bits) + (at >> (p.segment_bits + p.block_bits)),
               at & ((1 << p.segment_bits) - 1)};
     } else {
-      at += g * kGroup;
-      const int block = kOne ? 0 : p.block_size(at);
-      const int rest = at - block * p.block_size.divisor(), row = p.by_segment(rest);
-      return {block, row, rest - row * p.segment};
+      const int row = p.by_segment(rest * kChunk);
+      return {blocks, row, rest * kChunk - row * p.segment};
     }
   }
   /// Row and column of the tile's matrix.
@@ -243,55 +282,22 @@ struct Loader {
     const int above = p.stacked > 1 ? p.side_blocks(at.block) : 0;
     return {above * p.order + at.row, (at.block - above * p.side) * p.segment + at.column};
   }
-  /// Address of the lane's unit of group g.
-  __device__ __forceinline__ int unit_of(int g) const {
-    const int2 at = place(position(g, kColumns ? lane_unit() : lane_chunk()));
-    return unit_address(p, at.x, kColumns ? at.y : (at.y & ~31) | (at.y >> 3 & 3));
+  __device__ __forceinline__ int place_of(int g) const {
+    const int2 at = place(position(g, 0));
+    return unit_address(p, at.x, at.y);
   }
-  __device__ __forceinline__ int* places() const {
-    return reinterpret_cast<int*>(data + p.places_at);
-  }
-  __device__ __forceinline__ int unit_of(int g, const Lane& lane) const {
-    if constexpr (kColumns) return (places()[g] ^ lane.bits) + lane.offset;
-    return unit_of(g);
-  }
-  __device__ __forceinline__ uint4* lanes() const {
-    return reinterpret_cast<uint4*>(data + p.lanes_at) + threadIdx.x % kWarp;
-  }
-  /// Fills places and lanes.
-  __device__ __forceinline__ void prepare() const {
-    if constexpr (kColumns && kSimple) {
-      for (int g = threadIdx.x; g < p.groups; g += blockDim.x) {
-        const int2 at = place(position(g, 0));
-        places()[g] = unit_address(p, at.x, at.y);
-      }
-    }
-    const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
-    for (int j = first_group(); j < 9; j += warps()) {  // words of the fragments, and the rest
-      uint32_t* to = reinterpret_cast<uint32_t*>(lanes() + j / 4 * kWarp) + j % 4;
-      if (j < 4) {
-        *to = sign_pair<Op::kFirst>(p.segment_bits, g + j % 2 * 8, kRowsOfA, 2 * t + j / 2 * 8,
-                                    kColumnsOfA);
-      } else if (j < 8) {
-        *to = sign_pair<Op::kMiddle>(p.segment_bits, g + j / 2 % 2 * 8, kColumnsOfB,
-                                     2 * t + j % 2 * 8, kRowsOfB);
-      } else {
-        const int bits = p.segment_bits + p.block_bits;
-        const int at = unit_address(p, lane_unit() >> bits, lane_unit() & ((1 << bits) - 1));
-        const uint32_t minus = (2 * t == g ? sign_bits<Op::kMiddle>(-1) : 0) |
-                               (2 * t + 1 == g ? sign_bits<Op::kMiddle>(-1) << 16 : 0);
-        lanes()[2 * kWarp] = {minus, static_cast<uint32_t>(at & 0x70),
-                              static_cast<uint32_t>(at & ~0x70), 0};
-      }
+  /// Fills `places`.
+  __device__ __forceinline__ void make_places() const {
+    const int warps = blockDim.x / kWarp;
+    for (int i = threadIdx.x; i < kThreadChunks * warps; i += blockDim.x) {
+      places[i] = place_of(i % kThreadChunks * warps + i / kThreadChunks);
     }
   }
-  __device__ __forceinline__ Lane this_lane() const {
-    const uint4 a = lanes()[0], b = lanes()[kWarp], c = lanes()[2 * kWarp];
-    return {{a, {{b.x, b.y}, {b.z, b.w}}, c.x}, static_cast<int>(c.y), static_cast<int>(c.z)};
+
+  __device__ __forceinline__ int chunk_at(int i) const {
+    return static_cast<int>(threadIdx.x / kWarp) * kGroup + lane_chunk() +
+           i * static_cast<int>(blockDim.x) * kChunk;
   }
-
-  // ---- Steps -----------------------------------------------------------------------------------
-
   /// A tile's rows.
   struct Run {
     int64_t first;
@@ -299,112 +305,94 @@ struct Loader {
     const char* data;
   };
   __device__ __forceinline__ Run run_of(int tile) const {
-    const int64_t first = int64_t{tile} * p.tile_rows;
-    return {first, static_cast<int>(min(p.rows - first, int64_t{p.tile_rows})), source.row(first)};
+    const int64_t first = int64_t{tile} * p.tile_rows, left = p.rows - first;
+    const int rows = left < 0 ? 0 : static_cast<int>(min(left, int64_t{p.tile_rows}));
+    return {first, rows, source.row(first)};
   }
-  /// Starts to load a tile to where its chunks wait; zeros where there are none. unit(g): unit_of.
-  template <class Unit>
-  __device__ __forceinline__ void stage(const Run& run, int buffer, const Unit& unit) const {
-    if constexpr (kStaged) {
-      const int end = run.rows * p.n;
-#pragma unroll 2
-      for (int g = first_group(); g < p.groups; g += warps()) {
-        const int at = g * kGroup + lane_chunk();
-        if (at >= p.elements) continue;
-        const uint32_t to = shared_address(data + buffer + unit(g));
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) {
-          cp_async_16_or_zeros(to + static_cast<uint32_t>(w * p.plane_bytes),
-                               source.word(run.data, at < end ? at : 0, w), at < end);
-        }
+  /// Loads chunk i of a batch, zeros where there is none.
+  __device__ __forceinline__ void fetch(typename Source::Raw& raw, const Run& run, int batch,
+                                        int i) const {
+    if (i / 2 * 2 >= p.thread_chunks) return;
+    if (!kOne) raw = {};  // else no other block meets what is not there
+    if constexpr (kSimple) {
+      if (chunk_at(i) < run.rows * p.n) raw = source.load_from(run.data, chunk_at(i));
+    } else {
+      const int g = index(batch, i);
+      const Position at = position(g, kColumns ? lane_chunk() : 0);
+      const int row = p.row_blocks(at.block);
+      if (g < p.groups && row < run.rows) {
+        raw = source.load(run.first + row,
+                          (at.block - row * p.row_blocks.divisor()) * p.block_size.divisor() +
+                              at.row * p.segment + at.column);
       }
     }
   }
+  /// Loads and holds a batch, kInFlight chunks at a time.
+  __device__ __forceinline__ void read(Chunk8 (&held)[kThreadChunks], int tile, int batch) const {
+    constexpr int kInFlight = 4;
+    const Run run = run_of(tile);
+    typename Source::Raw raw[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) fetch(raw[i], run, batch, i);
+#pragma unroll
+    for (int i = 0; i < kThreadChunks; ++i) {
+      hold(held[i], raw[i % kInFlight]);
+      if (i + kInFlight < kThreadChunks) fetch(raw[i % kInFlight], run, batch, i + kInFlight);
+    }
+  }
   /// Asks the L2 for a tile.
-  __device__ __forceinline__ void announce(const Run& run) const {
-    constexpr int kLine = 128 / Source::kBytes;  // a lane a line of 128 bytes
+  __device__ __forceinline__ void announce(int tile) const {
     if constexpr (kSimple) {
+      const Run run = run_of(tile);
+      constexpr int kLine = 128 / Source::kBytes;  // a lane a line of 128 bytes
       for (int at = static_cast<int>(threadIdx.x) * kLine; at < run.rows * p.n;
            at += static_cast<int>(blockDim.x) * kLine) {
         source.announce(run.data, at);
       }
     }
   }
-  /// The lane's chunk of group g from memory, zeros where there is none.
-  __device__ __forceinline__ void load(Raw& raw, const Run& run, int g) const {
-    raw = {};
-    if constexpr (kSimple) {
-      const int at = g * kGroup + lane_chunk();
-      if (at < run.rows * p.n) raw = source.load_from(run.data, at);
-    } else {
-      if (g * kGroup + lane_chunk() >= p.elements) return;
-      const Position at = position(g, lane_chunk());
-      const int row = p.row_blocks(at.block);
-      if (row >= run.rows) return;
-      raw = source.load(run.first + row,
-                        (at.block - row * p.row_blocks.divisor()) * p.block_size.divisor() +
-                            at.row * p.segment + at.column);
-    }
-  }
-  template <class T>
-  __device__ __forceinline__ void take_waiting(T& to, int at) const {
-    auto* words = reinterpret_cast<uint4*>(&to);
-#pragma unroll
-    for (int w = 0; w < static_cast<int>(sizeof(T) / sizeof(uint4)); ++w)
-      words[w] = *reinterpret_cast<const uint4*>(data + at + w * p.plane_bytes);
-  }
-  __device__ __forceinline__ void convert(Values8& to, const Raw& raw) const {
+  __device__ __forceinline__ void hold(Chunk8& held, const typename Source::Raw& raw) const {
     if constexpr (Op::kDirect) {
       const uint4 w = raw.words[0];
-      to.w[0] = w.x, to.w[1] = w.y, to.w[2] = w.z, to.w[3] = w.w;
+      held.w[0] = w.x, held.w[1] = w.y, held.w[2] = w.z, held.w[3] = w.w;
     } else {
-      source.values(to.v, raw);
+      source.values(held.v, raw);
     }
   }
 
   /// Bits of the largest magnitude, or of a NaN.
-  __device__ __forceinline__ int largest(const Values8& x) const {
+  __device__ __forceinline__ int largest(const Chunk8& held) const {
     if constexpr (Op::kDirect) {
-      const uint32_t a = max_pairs<Op::kFirst>(x.w[0] & 0x7fff7fffu, x.w[1] & 0x7fff7fffu);
-      const uint32_t b = max_pairs<Op::kFirst>(x.w[2] & 0x7fff7fffu, x.w[3] & 0x7fff7fffu);
+      const uint32_t a = max_pairs<Op::kFirst>(held.w[0] & 0x7fff7fffu, held.w[1] & 0x7fff7fffu);
+      const uint32_t b = max_pairs<Op::kFirst>(held.w[2] & 0x7fff7fffu, held.w[3] & 0x7fff7fffu);
       const uint32_t c = max_pairs<Op::kFirst>(a, b);
       return __float_as_int(max_nan(to_float<Op::kFirst>(c), to_float<Op::kFirst>(c >> 16))) &
              0x7fffffff;
     } else {
       float most = 0.0f;
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) most = max_nan(most, fabsf(x.v[j]));
+      for (int j = 0; j < kChunk; ++j) most = max_nan(most, fabsf(held.v[j]));
       return __float_as_int(most) & 0x7fffffff;
     }
   }
-  __device__ __forceinline__ int block_of(int g) const {
-    return kSimple ? p.block_size(g * kGroup + lane_chunk()) : position(g, lane_chunk()).block;
+  __device__ __forceinline__ int block_of(int batch, int i) const {
+    if constexpr (kSimple) return p.block_size(chunk_at(i));
+    return position(index(batch, i), kColumns ? lane_chunk() : 0).block;
   }
-  /// Finds the largest elements of the blocks; values that are not direct then wait as floats.
-  __device__ __forceinline__ void measure(const Run& run, int buffer, int* ranges) const {
-    const Lane lane = this_lane();
+  __device__ __forceinline__ bool has_chunk(int batch, int i) const {
+    return kSimple ? chunk_at(i) < p.elements : index(batch, i) < p.groups;
+  }
+  __device__ __forceinline__ void measure(const Chunk8 (&held)[kThreadChunks], int batch,
+                                          int* ranges) const {
     int most = 0;
-#pragma unroll 2
-    for (int g = first_group(); g < p.groups; g += warps()) {
-      if (!kColumns && g * kGroup + lane_chunk() >= p.elements) continue;
-      const int at = kSimple ? buffer + unit_of(g, lane) : 0;
-      Raw raw;
-      if constexpr (kStaged) {
-        take_waiting(raw, at);
-      } else {
-        load(raw, run, g);
-      }
-      Values8 x;
-      convert(x, raw);
-      if constexpr (kSimple && !Op::kDirect) {
-        *reinterpret_cast<float4*>(data + at) = {x.v[0], x.v[1], x.v[2], x.v[3]};
-        *reinterpret_cast<float4*>(data + at + p.plane_bytes) = {x.v[4], x.v[5], x.v[6], x.v[7]};
-      }
-      const int bits = largest(x);
+#pragma unroll
+    for (int i = 0; i < kThreadChunks; ++i) {
+      if (i / 2 * 2 >= p.thread_chunks) continue;
+      const int bits = largest(held[i]);
       if constexpr (kOne) {
-        most = max(most, bits);
-      } else if (Op::kScaled || bits >= kInfinityBits) {
-        atomicMax(ranges + block_of(g), bits);
+        most = has_chunk(batch, i) ? max(most, bits) : most;
+      } else if (has_chunk(batch, i)) {
+        atomicMax(ranges + block_of(batch, i), bits);
       }
     }
     if constexpr (kOne) {
@@ -413,17 +401,14 @@ struct Loader {
     }
   }
 
-  /// Values as operands B of the first step, in the order of Square's words. Those of a block that
-  /// is not finite must not reach others.
-  __device__ __forceinline__ void to_inputs(uint4 (&in)[kInputs], const Values8& x, int range,
-                                            uint32_t minus) const {
-    const bool dead = !kOne && range >= kInfinityBits;
-    const int e = Op::kScaled ? exponent_of<Op::kFirst>(range) : 0;
+  /// The chunk's values as operands B of the first step, in the order of Square's words.
+  __device__ __forceinline__ void inputs(uint4 (&in)[kInputs], const Chunk8& held, int e, bool dead,
+                                         uint32_t minus) const {
     if constexpr (Op::kDirect) {
       uint32_t w[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        w[j] = Op::kScaled ? scale_pair<Op::kFirst>(x.w[j], e) : x.w[j];
+        w[j] = Op::kScaled ? scale_pair<Op::kFirst>(held.w[j], e) : held.w[j];
         if (dead) w[j] = 0;
       }
       in[0] = {w[0], w[2], w[1], w[3]};
@@ -431,95 +416,92 @@ struct Loader {
       const float factor = power_of_two(e);
       float v[kChunk];
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) v[j] = dead ? 0.0f : x.v[j] * factor;
+      for (int j = 0; j < kChunk; ++j) v[j] = dead ? 0.0f : held.v[j] * factor;
       const Square square{{{v[0], v[1], v[4], v[5]}, {v[2], v[3], v[6], v[7]}}};
       to_planes<Op::kMiddle>(in, square, minus);
     }
   }
-  /// The two 16-point steps.
-  __device__ __forceinline__ void transform(uint4 (&word)[Op::kPlanes], const uint4 (&in)[kInputs],
-                                            const GroupSigns& signs) const {
-    Square x{};
-#pragma unroll
-    for (int o = kInputs - 1; o >= 0; --o) {  // the small ones first
-      mma<Op::kFirst>(x.v[0], signs.a, in[o].x, in[o].z);
-      mma<Op::kFirst>(x.v[1], signs.a, in[o].y, in[o].w);
-    }
-    to_planes<Op::kMiddle>(word, x, signs.minus);
-    x = {};
-#pragma unroll
-    for (int o = Op::kPlanes - 1; o >= 0; --o) {
-      mma<Op::kMiddle>(x.v[0], word[o], signs.b[0].x, signs.b[0].y);
-      mma<Op::kMiddle>(x.v[1], word[o], signs.b[1].x, signs.b[1].y);
-    }
-    to_planes<Op::kMiddle>(word, x, signs.minus);
-  }
 
-  /// Transforms the columns and writes those of `part` to the tile.
-  __device__ __forceinline__ void spread(const Run& run, int buffer, int part,
-                                         const int* ranges) const {
-    constexpr int kTogether = 2;  // groups: they hide each other's latency
-    const Lane lane = this_lane();
+  /// Transforms the columns of a thread's chunks and writes those of `part` to the tile.
+  __device__ __forceinline__ void spread(const Chunk8 (&held)[kThreadChunks], int batch, int part,
+                                         const int* ranges, int buffer) const {
     const int first_column = part * p.part_columns;
-    const int common = kOne && Op::kScaled ? ranges[0] : 0;
-#pragma unroll 1
-    for (int first = first_group(); first < p.groups; first += kTogether * warps()) {
-      Values8 x[kTogether];
-      int to[kTogether], range[kTogether], column_chunk[kTogether];
-      bool mine[kTogether];
+    const Lane lane = this_lane();
+    const GroupSigns& signs = lane.signs;
+    int e = 0;
+    if (kOne && Op::kScaled) {
+      e = exponent_of<Op::kFirst>(ranges[0]);
+      keep(e);
+    }
+    int place[kThreadChunks];
+    if constexpr (kSimple && kColumns) {
+      const auto* from = reinterpret_cast<const int4*>(places) + threadIdx.x / kWarp * 2;
+      const int4 low = from[0], high = from[1];
+      place[0] = low.x, place[1] = low.y, place[2] = low.z, place[3] = low.w;
+      place[4] = high.x, place[5] = high.y, place[6] = high.z, place[7] = high.w;
+    }
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        const int g = min(first + i * warps(), p.groups - 1);  // the last one again, but not stored
-        mine[i] = first + i * warps() < p.groups && g * kGroup + lane_chunk() < p.elements;
-        column_chunk[i] = kColumns ? 0 : place(position(g, lane_chunk())).y >> 3 & 3;  // of four, t
-        if constexpr (kSimple) {
-          to[i] = buffer + unit_of(g, lane);
-          if (mine[i]) take_waiting(x[i], to[i]);
-        } else {
-          to[i] = unit_of(g) - first_column * 2;
-          const int column = place(position(g, kColumns ? lane_unit() : lane_chunk())).y;
-          Raw raw;
-          load(raw, run, g);
-          convert(x[i], raw);
-          mine[i] = mine[i] && column >= first_column && column < first_column + p.part_columns;
-        }
-        range[i] = kOne || !p.guard ? common : mine[i] || !kSimple ? ranges[block_of(g)] : 0;
+    for (int i = 0; i < kThreadChunks; ++i) {
+      if (i % 2 == 0 && i >= p.thread_chunks) break;
+      const int g = index(batch, i);
+      bool dead = false;  // must not reach other blocks
+      if (!kOne && p.guard) {
+        const int range = has_chunk(batch, i) ? ranges[block_of(batch, i)] : 0;
+        dead = range >= kInfinityBits;
+        if (Op::kScaled) e = exponent_of<Op::kFirst>(range);
       }
-      uint4 in[kTogether][kInputs], word[kTogether][Op::kPlanes];
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) to_inputs(in[i], x[i], range[i], lane.signs.minus);
       if constexpr (kColumns) {
+        uint4 in[kInputs];
+        inputs(in, held[i], e, dead, signs.minus);
+        Square x{};
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) transform(word[i], in[i], lane.signs);
+        for (int o = kInputs - 1; o >= 0; --o) {  // the small ones first
+          mma<Op::kFirst>(x.v[0], signs.a, in[o].x, in[o].z);
+          mma<Op::kFirst>(x.v[1], signs.a, in[o].y, in[o].w);
+        }
+        uint4 word[Op::kPlanes];
+        to_planes<Op::kMiddle>(word, x, signs.minus);
+        x = {};
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) {
-          if (!mine[i]) continue;
+        for (int o = Op::kPlanes - 1; o >= 0; --o) {
+          mma<Op::kMiddle>(x.v[0], word[o], signs.b[0].x, signs.b[0].y);
+          mma<Op::kMiddle>(x.v[1], word[o], signs.b[1].x, signs.b[1].y);
+        }
+        to_planes<Op::kMiddle>(word, x, signs.minus);
+        bool mine = has_chunk(batch, i);
+        int to = ((kSimple ? place[i] : place_of(g)) ^ lane.bits) + lane.offset + buffer;
+        if constexpr (!kSimple) {
+          const int2 at = this->place(position(g, lane.unit));
+          mine = mine && at.y >= first_column && at.y < first_column + p.part_columns;
+          to -= first_column * 2;
+        }
+        if (mine) {
 #pragma unroll
           for (int o = 0; o < Op::kPlanes; ++o)
-            *reinterpret_cast<uint4*>(data + to[i] + o * p.plane_bytes) = word[i][o];
+            *reinterpret_cast<uint4*>(data + o * p.plane_bytes + to) = word[o];
         }
       } else {
-        __syncwarp();  // four lanes' chunks wait in each other's units
+        uint4 in[kInputs];
+        inputs(in, held[i], e, dead, signs.minus);
+        const int2 at = this->place(position(g, 0));
+        const int column = at.y - first_column;
+        if (g >= p.groups || column < 0 || column >= p.part_columns) continue;
+        const int first =
+            buffer + unit_address(p, at.x, at.y) - first_column * 2 + (column >> 3 & 3) * 4;
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) {
-          if (!mine[i]) continue;
-          const int t = column_chunk[i];
-          const int unit = to[i] ^ t << 4;  // the first of the four
-#pragma unroll
-          for (int o = 0; o < kInputs; ++o)
-            store_words(data + o * p.plane_bytes, unit, t, in[i][o]);
+        for (int o = 0; o < kInputs; ++o) {
+          unsigned char* to = data + o * p.plane_bytes;
+          const uint4 w = in[o];  // elements 0 1, 4 5, 2 3, 6 7
+          store_word(to, first, __byte_perm(w.x, w.y, 0x5410));
+          store_word(to, first ^ 0x10, __byte_perm(w.x, w.y, 0x7632));
+          store_word(to, first ^ 0x20, __byte_perm(w.z, w.w, 0x5410));
+          store_word(to, first ^ 0x30, __byte_perm(w.z, w.w, 0x7632));
         }
       }
     }
   }
-  /// Writes elements (0 1), (4 5), (2 3), (6 7) to word t of the four units from `unit`.
-  static __device__ __forceinline__ void store_words(unsigned char* to, int unit, int t,
-                                                     const uint4& w) {
-    const uint32_t words[4] = {__byte_perm(w.x, w.y, 0x5410), __byte_perm(w.x, w.y, 0x7632),
-                               __byte_perm(w.z, w.w, 0x5410), __byte_perm(w.z, w.w, 0x7632)};
-#pragma unroll
-    for (int c = 0; c < 4; ++c)
-      *reinterpret_cast<uint32_t*>(to + (unit ^ c << 4) + t * 4) = words[c];
+  static __device__ __forceinline__ void store_word(unsigned char* to, int at, uint32_t word) {
+    *reinterpret_cast<uint32_t*>(to + at) = word;
   }
 };
 
