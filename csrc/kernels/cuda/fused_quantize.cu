@@ -20,7 +20,7 @@ namespace quarot::cuda {
 namespace {
 
 /// quantize(source's rows of n * (I (x) H (x) I_inner)).
-template <class Source>
+template <bool kColumns, class Source>
 void transform_quantize(const Source& source, bool aligned, const HadamardMatrix& matrix,
                         int64_t rows, int64_t n, int64_t inner, const QuantizedRows& out,
                         Stream stream, const char* op) {
@@ -29,33 +29,31 @@ void transform_quantize(const Source& source, bool aligned, const HadamardMatrix
     if (matrix.size == 1 && matrix.scale == 1.0f && rows_fit(n, out)) {
       return launch_rows(source, rows, n, out, stream);
     }
-    TransformPlan plan{};
-    if (plan_transform(plan, matrix, rows, n, inner, Source::kOperands, n / out.group,
-                       QuantizeSink::kSlotBytes)) {
-      const QuantizeSink sink{{out, FastDiv(static_cast<int>(out.group / kChunk))}};
-      launch_transform(plan, source, sink, stream);
+    const QuantizeSink sink{{out, FastDiv(static_cast<int>(out.group / kChunk))}};
+    if (launch_transform<kColumns>(matrix, rows, n, inner, source, sink, n / out.group, stream))
       return;
-    }
   }
   launch_any(matrix, rows, n, inner, source, AnyQuantize{out}, stream, op);
 }
 
-template <DType kDtype>
+template <bool kColumns, DType kDtype>
 void hadamard_rows(const Rows& x, const HadamardMatrix& matrix, int64_t inner,
                    const QuantizedRows& out, Stream stream, const char* op) {
   const RowSource<kDtype> source{x.data, x.row_stride};
-  transform_quantize(source, chunks_are_aligned(x), matrix, x.rows, x.n, inner, out, stream, op);
+  transform_quantize<kColumns>(source, chunks_are_aligned(x), matrix, x.rows, x.n, inner, out,
+                               stream, op);
 }
 
+template <bool kColumns>
 void hadamard_any(const Rows& x, const HadamardMatrix& matrix, int64_t inner,
                   const QuantizedRows& out, Stream stream, const char* op) {
   switch (x.dtype) {
     case DType::f32:
-      return hadamard_rows<DType::f32>(x, matrix, inner, out, stream, op);
+      return hadamard_rows<kColumns, DType::f32>(x, matrix, inner, out, stream, op);
     case DType::f16:
-      return hadamard_rows<DType::f16>(x, matrix, inner, out, stream, op);
+      return hadamard_rows<kColumns, DType::f16>(x, matrix, inner, out, stream, op);
     case DType::bf16:
-      return hadamard_rows<DType::bf16>(x, matrix, inner, out, stream, op);
+      return hadamard_rows<kColumns, DType::bf16>(x, matrix, inner, out, stream, op);
   }
   QUAROT_ASSERT(false, "no such dtype");
 }
@@ -66,8 +64,8 @@ void glu_rows(const GluHadamardQuantizeArgs& args, Stream stream) {
   const int64_t n = x.n / 2;
   const GluSource<kDtype> source{x.data, x.row_stride, static_cast<int>(n), args.activation};
   const bool aligned = chunks_are_aligned(x) && n % kChunk == 0;
-  transform_quantize(source, aligned, args.matrix, x.rows, n, 1, args.out, stream,
-                     "glu_hadamard_quantize");
+  transform_quantize<true>(source, aligned, args.matrix, x.rows, n, 1, args.out, stream,
+                           "glu_hadamard_quantize");
 }
 
 template <DType kDtype, bool kWeighted, DType kWeight>
@@ -101,11 +99,12 @@ void rmsnorm_rows(const RmsnormQuantizeArgs& args, Stream stream) {
 }  // namespace
 
 void hadamard_quantize(const HadamardQuantizeArgs& args, Stream stream) {
-  hadamard_any(args.x, args.matrix, 1, args.out, stream, "hadamard_quantize");
+  hadamard_any<true>(args.x, args.matrix, 1, args.out, stream, "hadamard_quantize");
 }
 
 void head_hadamard_quantize(const HeadHadamardQuantizeArgs& args, Stream stream) {
-  hadamard_any(args.x, args.matrix, args.head_dim, args.out, stream, "head_hadamard_quantize");
+  hadamard_any<false>(args.x, args.matrix, args.head_dim, args.out, stream,
+                      "head_hadamard_quantize");
 }
 
 void rmsnorm_quantize(const RmsnormQuantizeArgs& args, Stream stream) {

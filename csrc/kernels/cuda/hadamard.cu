@@ -19,14 +19,11 @@ namespace {
 template <DType kDtype>
 void hadamard_of(const HadamardArgs& args, Stream stream) {
   const RowSource<kDtype> source{args.x.data, args.x.row_stride};
-  TransformPlan plan{};
   const bool aligned =
       chunks_are_aligned(args.x) && reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
-  if (aligned &&
-      plan_transform(plan, args.matrix, args.x.rows, args.x.n, 1, source.kOperands, 0, 0)) {
-    launch_transform(plan, source, StoreSink<kDtype>{args.out}, stream);
+  if (aligned && launch_transform<true>(args.matrix, args.x.rows, args.x.n, 1, source,
+                                        StoreSink<kDtype>{args.out}, 0, stream))
     return;
-  }
   launch_any(args.matrix, args.x.rows, args.x.n, 1, source, AnyStore<kDtype>{args.out}, stream,
              "hadamard");
 }

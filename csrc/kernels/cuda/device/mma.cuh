@@ -33,7 +33,7 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint4& a, uint32_t b0, 
 
 /// +1, -1 or 0 as 16 bits of kDtype.
 template <DType kDtype>
-__device__ __forceinline__ uint32_t sign_bits(int sign) {
+__host__ __device__ constexpr uint32_t sign_bits(int sign) {
   constexpr uint32_t kOne = kDtype == DType::f16 ? 0x3c00 : 0x3f80;
   return sign == 0 ? 0 : kOne | (sign < 0 ? 0x8000u : 0u);
 }

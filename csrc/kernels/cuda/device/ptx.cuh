@@ -162,6 +162,23 @@ __device__ __forceinline__ uint32_t sub_f16x2(uint32_t a, uint32_t b) {
   asm("sub.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
+/// Pairs of 16-bit numbers: a * b + c; a * b.
+__device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+__device__ __forceinline__ uint32_t mul_f16x2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+/// 1 / a to 2 ulp; subnormal numbers are zeros.
+__device__ __forceinline__ float reciprocal_fast(float a) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(a));
+  return r;
+}
 /// 2^x to 2 ulp; results below the normal numbers are 0.
 __device__ __forceinline__ float exp2_fast(float x) {
   float r;
@@ -197,8 +214,12 @@ __device__ __forceinline__ uint32_t min_nan_f16x2(uint32_t a, uint32_t b) {
   asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
-/// Nothing, but the compiler no longer knows what x is computed from.
-__device__ __forceinline__ void forget_origin(uint32_t& x) { asm volatile("" : "+r"(x)); }
+/// Nothing, but the compiler no longer knows what x, of 32 bits or a pointer, is computed from: it
+/// keeps x in a register rather than compute it again.
+template <class T>
+__device__ __forceinline__ void forget_origin(T& x) {
+  asm volatile("" : "+r"(x));
+}
 template <class T>
 __device__ __forceinline__ void forget_origin(T*& x) {
   asm volatile("" : "+l"(x));
@@ -232,6 +253,10 @@ __device__ __forceinline__ void store_once(uint4* p, const uint4& v) {
   asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)
                : "memory");
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
 // ---- sm_90a: asynchronous copies, barriers in shared memory, warpgroups -------------------------

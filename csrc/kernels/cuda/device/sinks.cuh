@@ -18,24 +18,26 @@ template <DType kDtype>
 struct StoreSink {
   void* out;
 
+  static constexpr bool kExact = kDtype == DType::f32;
   static constexpr int kSlotBytes = 0;
   __device__ __forceinline__ int passes(int parts) const { return parts; }
-  __device__ __forceinline__ void start(const TransformPlan&, int*) const {}
-  __device__ __forceinline__ void take(const TransformPlan& p, ThreadChunks& t, int*, int64_t tile,
-                                       int) const {
-    const int64_t first = tile * p.tile_rows * p.n;
-    const int end = rows_of_tile(p, tile) * p.row_chunks.divisor();
+  __device__ __forceinline__ void clear(const TransformPlan&, unsigned char*) const {}
+  template <class Scales>
+  __device__ __forceinline__ void take(const TransformPlan& p, const Product& product,
+                                       const Scales& scales, unsigned char*, int tile, int) const {
+    const int64_t first = int64_t{tile} * p.tile_rows * p.n;
+    const float common = Scales::kOne ? scales(p, 0) : 1.0f;
 #pragma unroll
     for (int i = 0; i < kThreadChunks; ++i) {
-      const int e = t.index(i);
-      if (e < 0 || e >= end) continue;
+      const int e = product.offset(i);
+      if (e < 0) continue;
+      const float scale = p.scale * (Scales::kOne ? common : scales(p, p.block_size(e)));
+      float v[kChunk];
+      product.values(v, i);
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) t.v[i][j] *= p.scale;
-      store_chunk<kDtype>(out, first + int64_t{e} * kChunk, t.v[i]);
+      for (int j = 0; j < kChunk; ++j) v[j] *= scale;
+      store_chunk<kDtype>(out, first + e, v);
     }
-  }
-  static __device__ __forceinline__ int rows_of_tile(const TransformPlan& p, int64_t tile) {
-    return static_cast<int>(min(static_cast<int64_t>(p.tile_rows), p.rows - tile * p.tile_rows));
   }
 };
 
@@ -85,69 +87,98 @@ struct Quantizer {
 struct QuantizeSink {
   Quantizer quantizer;
 
+  static constexpr bool kExact = true;
   static constexpr int kSlotBytes = sizeof(Quantizer::Slot);
 
   /// One part: one pass. Else a pass for the ranges and one for the codes, over all parts.
   __device__ __forceinline__ int passes(int parts) const { return parts == 1 ? 1 : 2 * parts; }
-
-  __device__ __forceinline__ int slots_of_tile(const TransformPlan& p) const {
-    return p.tile_rows * p.row_chunks.divisor() / quantizer.group_chunks.divisor();
-  }
-  __device__ __forceinline__ void start(const TransformPlan& p, int* slots) const {
-    quantizer.clear(reinterpret_cast<Quantizer::Slot*>(slots), slots_of_tile(p));
+  __device__ __forceinline__ void clear(const TransformPlan& p, unsigned char* slots) const {
+    quantizer.clear(reinterpret_cast<Quantizer::Slot*>(slots), p.tile_rows * p.row_slots);
   }
 
-  __device__ __forceinline__ void take(const TransformPlan& p, ThreadChunks& t, int* memory,
-                                       int64_t tile, int pass) const {
+  template <class Scales>
+  __device__ __forceinline__ void take(const TransformPlan& p, const Product& product,
+                                       const Scales& scales, unsigned char* memory, int tile,
+                                       int pass) const {
     auto* slots = reinterpret_cast<Quantizer::Slot*>(memory);
-    const int count = slots_of_tile(p);
-    const int64_t rows_left = p.rows - tile * p.tile_rows;
-    const int rows = rows_left < p.tile_rows ? static_cast<int>(rows_left) : p.tile_rows;
-    const int end = rows * p.row_chunks.divisor();
-    if (p.scale < 0.0f) {
-#pragma unroll
-      for (int i = 0; i < kThreadChunks; ++i)
-#pragma unroll
-        for (int j = 0; j < kChunk; ++j) t.v[i][j] = -t.v[i][j];
-    }
+    const int count = p.tile_rows * p.row_slots;
+    const bool symmetric = quantizer.symmetric();
+    const float common = Scales::kOne ? scales(p, 0) : 1.0f;
+    const auto scale_of = [&](int e) { return Scales::kOne ? common : scales(p, p.block_size(e)); };
 
     if (pass < p.parts) {
-      if (count == 1) {
+      Range all;
+#pragma unroll
+      for (int i = 0; i < kThreadChunks; ++i) {
+        const int e = product.offset(i);
         Range range;
-#pragma unroll
-        for (int i = 0; i < kThreadChunks; ++i) {
-          range = merge(range,
-                        range_of(t.v[i], quantizer.symmetric()));  // zeros where there is no chunk
+        if (e >= 0) {
+          float v[kChunk];
+          product.values(v, i);
+          range = range_of(v, symmetric);
+          if (!Scales::kOne) range = scaled(range, scale_of(e));
         }
-        quantizer.collect_warp(slots[0], range);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kThreadChunks; ++i) {
-          const int e = t.index(i);
-          if (e < 0) continue;
-          quantizer.collect(slots[quantizer.group_chunks(e)],
-                            range_of(t.v[i], quantizer.symmetric()));
+        if (count == 1) {
+          all = merge(all, range);
+        } else if (e >= 0) {
+          collect(p, slots[quantizer.group_chunks(e / kChunk)], range, common);
         }
       }
+      if (count == 1) {
+        all.high = warp_max(all.high);
+        if (!symmetric) all.low = warp_max(all.low);
+        if (threadIdx.x % kWarp == 0) collect(p, slots[0], all, common);
+      }
     }
-    if (pass == p.parts - 1) {
-      __syncthreads();
-      const int some = rows == p.tile_rows ? count : count / p.tile_rows * rows;
-      const int64_t first_group = tile * count;
-      quantizer.finish(slots, some, first_group, fabsf(p.scale));
+    Grid only;
+    if (pass == p.parts - 1) __syncthreads();
+    if (count == 1) {  // each thread makes the grid: faster than to wait for one of them
+      only = make_grid({slots[0].high, slots[0].low}, fabsf(p.scale), quantizer.out.clip,
+                       quantizer.out.bits, symmetric);
+      only.inv *= fabsf(p.scale);
+      if (threadIdx.x == 0 && pass == p.parts - 1) {
+        quantizer.out.scale[tile] = only.scale;
+        if (!symmetric) quantizer.out.zero[tile] = only.shift;
+      }
+    } else if (pass == p.parts - 1) {
+      const int64_t rows_left = p.rows - int64_t{tile} * p.tile_rows;
+      const int some = rows_left < p.tile_rows ? static_cast<int>(rows_left) * p.row_slots : count;
+      quantizer.finish(slots, some, int64_t{tile} * count, fabsf(p.scale));
       if (some < count) quantizer.clear(slots + some, count - some);
       __syncthreads();
     }
     if (p.parts == 1 || pass >= p.parts) {
-      const int64_t first = tile * p.tile_rows * p.n;
+      const int64_t first = int64_t{tile} * p.tile_rows * p.n;
+      const float sign = p.scale < 0.0f ? -1.0f : 1.0f;
+      Grid grid = only;
+      grid.inv *= sign * common;
 #pragma unroll
       for (int i = 0; i < kThreadChunks; ++i) {
-        const int e = t.index(i);
-        if (e < 0 || e >= end) continue;
-        store_codes<Rounding::fused>(quantizer.out, first + int64_t{e} * kChunk, t.v[i],
-                                     slots[quantizer.group_chunks(e)].grid);
+        const int e = product.offset(i);
+        if (e < 0) continue;
+        if (count > 1 || !Scales::kOne) {
+          const Grid& own = count > 1 ? slots[quantizer.group_chunks(e / kChunk)].grid : only;
+          grid = own;
+          grid.inv *= sign * scale_of(e);
+        }
+        float v[kChunk];
+        product.values(v, i);
+        store_codes<Rounding::fused>(quantizer.out, first + e, v, grid);
       }
     }
+  }
+
+ private:
+  static __device__ __forceinline__ Range scaled(const Range& range, float factor) {
+    return {__float_as_int(__int_as_float(range.high) * factor) & 0x7fffffff,
+            __float_as_int(__int_as_float(range.low) * factor) & 0x7fffffff};
+  }
+  /// The transform's scale may be negative.
+  __device__ __forceinline__ void collect(const TransformPlan& p, Quantizer::Slot& slot,
+                                          Range range, float factor) const {
+    range = scaled(range, factor);
+    if (p.scale < 0.0f && !quantizer.symmetric()) range = {range.low, range.high};
+    quantizer.collect(slot, range);
   }
 };
 

@@ -20,45 +20,65 @@ inline bool chunks_are_aligned(const Rows& x) {
 }
 
 /// Rows as they are.
-template <DType kDtype>
+template <DType kType>
 struct RowSource {
   const void* data;
   int64_t row_stride;
 
-  static constexpr bool kIsFloat = kDtype == DType::f32;
-  static constexpr DType kOperand = kIsFloat ? DType::bf16 : kDtype;  // of transform.cuh
-  static constexpr int kOperands = kIsFloat ? 3 : 1;
-  static constexpr int kInFlight = kIsFloat ? 2 : 8;  // chunks a thread loads before it uses them
+  static constexpr DType kDtype = kType;
+  static constexpr int kInFlight =
+      kType == DType::f32 ? 2 : 8;  // chunks a thread loads before it uses them
   static constexpr bool kNormalised = false;
-  using Raw = Chunk<kDtype>;
+  using Raw = Chunk<kType>;
 
-  __device__ __forceinline__ const void* address(int64_t row, int column) const {
-    return static_cast<const char*>(data) + (row * row_stride + column) * bytes_of(kDtype);
+  static constexpr int kBytes = bytes_of(kType);
+  bool is_dense(int64_t n) const { return row_stride == n; }
+  __device__ __forceinline__ const char* row(int64_t row) const {
+    return static_cast<const char*>(data) + row * row_stride * bytes_of(kType);
+  }
+  /// The chunk at `column` of row(...), and of the rows that follow it where they are dense.
+  __device__ __forceinline__ Raw load_from(const char* row, uint32_t column) const {
+    return load_chunk<kType>(row + column * static_cast<uint32_t>(bytes_of(kType)), 0);
+  }
+  __device__ __forceinline__ void announce(const char* row, int column) const {
+    prefetch_l2(row + column * bytes_of(kType));
   }
   __device__ __forceinline__ Raw load(int64_t row, int column) const {
-    return load_chunk<kDtype>(data, row * row_stride + column);
+    return load_chunk<kType>(data, row * row_stride + column);
   }
   __device__ __forceinline__ void values(float (&v)[kChunk], const Raw& raw) const {
-    to_floats<kDtype>(v, raw);
+    to_floats<kType>(v, raw);
   }
 
   __device__ float common(int64_t, int, float*) const { return 0.0f; }
   __device__ float value(int64_t row, int column, float) const {
-    return load1<kDtype>(data, row * row_stride + column);
+    return load1<kType>(data, row * row_stride + column);
   }
 };
 
-/// The activation to a few ulp: the exponential and the quotient are the fast ones.
+/// 1 / (1 + e^-a) to a few ulp; 0 below -88, where the true value is a subnormal number.
+__device__ __forceinline__ float sigmoid(float a) {
+  return reciprocal_fast(1.0f + exp2_fast(a * -0x1.715476p+0f));  // log2(e)
+}
+
+/// The activation to a few ulp.
 template <Activation kActivation>
 __device__ __forceinline__ float activate(float a) {
   if constexpr (kActivation == Activation::silu) {
-    return __fdividef(a, 1.0f + __expf(-a));
+    return a * sigmoid(a);
   } else if constexpr (kActivation == Activation::gelu) {
-    return 0.5f * a * (1.0f + erff(a * 0x1.6a09e6p-1f));  // 1 / sqrt(2)
+    // 0.5 * a * erfc(-a / sqrt(2)), erfc to 1.5e-7 by Abramowitz and Stegun 7.1.26: erff takes
+    // three times the instructions, in code that is unrolled 64 times.
+    const float x = fabsf(a) * 0x1.6a09e6p-1f, t = reciprocal_fast(__fmaf_rn(x, 0.3275911f, 1.0f));
+    float tail = __fmaf_rn(t, 1.061405429f, -1.453152027f);
+    tail = __fmaf_rn(t, tail, 1.421413741f);
+    tail = __fmaf_rn(t, tail, -0.284496736f);
+    tail = __fmaf_rn(t, tail, 0.254829592f);
+    tail *= 0.5f * a * t * exp2_fast(x * x * -0x1.715476p+0f);  // a / 2 * erfc(x)
+    return a < 0.0f ? tail : a - tail;
   } else {
-    // 0.5 * (1 + tanh(u)) = 1 / (1 + e^(-2u)), u = sqrt(2 / pi) * (a + 0.044715 a^3)
-    const float u2 = 0x1.988454p+0f * (a + 0.044715f * a * a * a);
-    return __fdividef(a, 1.0f + __expf(-u2));
+    // 0.5 * (1 + tanh(u)) = sigmoid(2 u), u = sqrt(2 / pi) * (a + 0.044715 a^3)
+    return a * sigmoid(0x1.988454p+0f * (a + 0.044715f * a * a * a));
   }
 }
 
@@ -82,37 +102,49 @@ __device__ __forceinline__ void gate(float (&v)[kCount], const float (&up)[kCoun
 
 /// activation(gate) * up of rows [gate | up]. The activation is chosen at run time, once a chunk:
 /// as a template parameter it would triple the kernels.
-template <DType kDtype>
+template <DType kType>
 struct GluSource {
   const void* data;
   int64_t row_stride;
   int n;  // columns of gate
   Activation activation;
 
-  static constexpr DType kOperand = DType::bf16;
-  static constexpr int kOperands = 3;
-  static constexpr int kInFlight = kDtype == DType::f32 ? 1 : 2;
+  static constexpr DType kDtype = DType::f32;
+  static constexpr int kInFlight = kType == DType::f32 ? 1 : 2;
   static constexpr bool kNormalised = false;
   struct Raw {
-    Chunk<kDtype> gate, up;
+    Chunk<kType> gate, up;
   };
 
+  static constexpr int kBytes = bytes_of(kType);
+  bool is_dense(int64_t) const { return false; }
+  __device__ __forceinline__ const char* row(int64_t row) const {
+    return static_cast<const char*>(data) + row * row_stride * bytes_of(kType);
+  }
+  __device__ __forceinline__ Raw load_from(const char* row, uint32_t column) const {
+    const char* at = row + column * static_cast<uint32_t>(bytes_of(kType));
+    return {load_chunk<kType>(at, 0), load_chunk<kType>(at, n)};
+  }
+  __device__ __forceinline__ void announce(const char* row, int column) const {
+    prefetch_l2(row + column * bytes_of(kType));
+    prefetch_l2(row + (column + n) * bytes_of(kType));
+  }
   __device__ __forceinline__ Raw load(int64_t row, int column) const {
     const int64_t i = row * row_stride + column;
-    return {load_chunk<kDtype>(data, i), load_chunk<kDtype>(data, i + n)};
+    return {load_chunk<kType>(data, i), load_chunk<kType>(data, i + n)};
   }
   __device__ __forceinline__ void values(float (&v)[kChunk], const Raw& raw) const {
     float up[kChunk];
-    to_floats<kDtype>(v, raw.gate);
-    to_floats<kDtype>(up, raw.up);
+    to_floats<kType>(v, raw.gate);
+    to_floats<kType>(up, raw.up);
     gate(v, up, activation);
   }
 
   __device__ float common(int64_t, int, float*) const { return 0.0f; }
   __device__ float value(int64_t row, int column, float) const {
     const int64_t i = row * row_stride + column;
-    float v[1] = {load1<kDtype>(data, i)};
-    gate(v, {load1<kDtype>(data, i + n)}, activation);
+    float v[1] = {load1<kType>(data, i)};
+    gate(v, {load1<kType>(data, i + n)}, activation);
     return v[0];
   }
 };

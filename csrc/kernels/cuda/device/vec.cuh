@@ -107,6 +107,29 @@ __device__ __forceinline__ void to_floats(float (&v)[kChunk], const Chunk<kDtype
   }
 }
 
+/// The low one of a pair of 16-bit elements.
+template <DType kDtype>
+__device__ __forceinline__ float to_float(uint32_t pair) {
+  static_assert(kDtype != DType::f32);
+  return kDtype == DType::f16 ? f16_to_float(static_cast<uint16_t>(pair)) : bf16_low(pair);
+}
+/// The larger ones of two pairs, or NaN where one is NaN.
+template <DType kDtype>
+__device__ __forceinline__ uint32_t max_pairs(uint32_t a, uint32_t b) {
+  static_assert(kDtype != DType::f32);
+  return kDtype == DType::f16 ? max_nan_f16x2(a, b) : max_nan_bf16x2(a, b);
+}
+/// A pair times 2^exponent, which must be a normal number of the type.
+template <DType kDtype>
+__device__ __forceinline__ uint32_t scale_pair(uint32_t pair, int exponent) {
+  static_assert(kDtype != DType::f32);
+  if constexpr (kDtype == DType::f16) {
+    return mul_f16x2(pair, static_cast<uint32_t>(exponent + 15) * 0x04000400u);
+  } else {
+    return fma_bf16x2(pair, static_cast<uint32_t>(exponent + 127) * 0x00800080u, 0x80008000u);
+  }
+}
+
 /// Two floats as a pair of 16-bit elements.
 template <DType kDtype>
 __device__ __forceinline__ uint32_t pack2(float low, float high) {
