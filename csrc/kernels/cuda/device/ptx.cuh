@@ -394,9 +394,10 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
 }
 
-/// d[64, 128] = (add ? d : 0) + a[64, 32] * b[32, 128], int8 with int32 sums. Warp w of the
-/// warpgroup has rows 16 w to 16 w + 15 of a and d, in the fragments of mma.m16n8k32; b is the
-/// descriptor of 128 rows of 32 bytes in shared memory.
+// d[64, n] = (add ? d : 0) + a[64, 32] * b[32, n], int8 with int32 sums; n is twice the length of
+// d. Warp w of the warpgroup has rows 16 w to 16 w + 15 of a and d, in the fragments of
+// mma.m16n8k32; b is the descriptor of n rows of 32 bytes in shared memory.
+
 #define QUAROT_INOUT_4(d, i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
 #define QUAROT_INOUT_16(d, i)                                               \
   QUAROT_INOUT_4(d, i), QUAROT_INOUT_4(d, i + 4), QUAROT_INOUT_4(d, i + 8), \
@@ -412,6 +413,16 @@ __device__ __forceinline__ void wgmma_s8(int (&d)[64], const uint32_t (&a)[4], u
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
       "{%64, %65, %66, %67}, %68, p;}"
       : QUAROT_INOUT_16(d, 0), QUAROT_INOUT_16(d, 16), QUAROT_INOUT_16(d, 32), QUAROT_INOUT_16(d, 48)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+}
+__device__ __forceinline__ void wgmma_s8(int (&d)[32], const uint32_t (&a)[4], uint64_t b, bool add) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %37, 0; "
+      "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, p;}"
+      : QUAROT_INOUT_16(d, 0), QUAROT_INOUT_16(d, 16)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
 }
 // clang-format on

@@ -13,17 +13,16 @@ namespace {
 
 using namespace prefill;
 
-template <bool kGrouped>
+template <class C>
 __global__ void __launch_bounds__(kThreads, 1)
     linear_int4_prefill_kernel(const __grid_constant__ Params p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  unsigned char* base = dynamic_shared();
-  base += -shared_address(base) & (kSwizzleBytes - 1);
-  const uint32_t shared = shared_address(base);
+  const uint32_t shared =
+      (shared_address(dynamic_shared()) + kSwizzleBytes - 1) & ~(kSwizzleBytes - 1);
   if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; ++s) {
-      mbarrier_init(shared + kFullAt + s * 8, 1);
-      mbarrier_init(shared + kEmptyAt + s * 8, p.pair * kConsumers * kGroupThreads / kWarp);
+    for (int s = 0; s < C::kStages; ++s) {
+      mbarrier_init(shared + C::kFullAt + s * 8, 1);
+      mbarrier_init(shared + C::kEmptyAt + s * 8, p.pair * kConsumers * kGroupThreads / kWarp);
     }
     mbarrier_init_fence();
   }
@@ -32,7 +31,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int group = static_cast<int>(threadIdx.x) / kGroupThreads;
   if (group == kConsumers) {
     registers_release<kProducerRegisters>();
-    if (threadIdx.x == kConsumers * kGroupThreads) fill_ring(p, shared);
+    if (threadIdx.x == kConsumers * kGroupThreads) fill_ring<C>(p, shared);
     __syncwarp();
     for (int i = 0; i < (p.split > 1 ? 2 : 0); ++i) {  // exchange
       cluster_arrive();
@@ -40,15 +39,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     registers_take<kConsumerRegisters>();
-    Consumer<kGrouped>{p,
-                       shared,
-                       place(p),
-                       group,
-                       threadIdx.x % kGroupThreads,
-                       reinterpret_cast<float*>(base + kScalesAt) + group * kTokens,
-                       reinterpret_cast<int*>(base + kZerosAt) + group * kTokens,
-                       {}}
-        .run();
+    Consumer<C>{p, shared, place(p), group, threadIdx.x % kGroupThreads, {}}.run();
   }
   // Another block may still copy to this one, or arrive here.
   cluster_arrive();
@@ -66,10 +57,7 @@ constexpr int64_t kMaxK = int64_t{1} << 17;
 constexpr int64_t kMaxRows = int64_t{1} << 30;
 /// A group has whole halves of stages.
 constexpr int kGroupMultiple = kColumns / 2;
-/// Below, k is too short to be worth an exchange.
-constexpr int64_t kMinSplitColumns = 2048;
-/// One more column of tiles, empty, costs nothing noticeable beyond.
-constexpr int kManyChannelTiles = 16;
+constexpr int kGroupedTokens = 64;
 
 /// A tensor map of rows of `width` elements.
 CUtensorMap tensor_map(const void* data, CUtensorMapDataType type, int64_t rows, int64_t width,
@@ -106,7 +94,7 @@ bool is_compiled_for_device() {
   static const bool compiled = [] {
     cudaFuncAttributes attributes{};
     const cudaError_t status =
-        cudaFuncGetAttributes(&attributes, &linear_int4_prefill_kernel<false>);
+        cudaFuncGetAttributes(&attributes, &linear_int4_prefill_kernel<Config<128, false>>);
     if (status != cudaSuccess) cudaGetLastError();
     return status == cudaSuccess && attributes.binaryVersion == 90 && attributes.ptxVersion == 90;
   }();
@@ -118,17 +106,7 @@ struct Cluster {
   int pair, split;
 };
 
-/// Two blocks split k where tiles leave half of the processors idle; more lose more to the
-/// exchange, and to clusters of 4, which do not fill the chip. Else two share activations, unless
-/// that would add a column of tiles to few.
-Cluster cluster_of(const LinearInt4Args& args, int processors) {
-  const int64_t channel_tiles = ceil_div(args.n, kChannels);
-  const int64_t tiles = channel_tiles * ceil_div(args.m, kTokens);
-  const bool exact = args.groups == 1;  // else the order of the groups counts
-  if (exact && 2 * tiles <= processors && args.k >= kMinSplitColumns) return {1, 2};
-  return {channel_tiles % 2 == 0 || channel_tiles >= kManyChannelTiles ? 2 : 1, 1};
-}
-
+template <class C>
 void run(const LinearInt4Args& args, Cluster cluster, Stream stream) {
   const auto [pair, split] = cluster;
   Params p{};
@@ -136,11 +114,11 @@ void run(const LinearInt4Args& args, Cluster cluster, Stream stream) {
   p.pair = pair;
   p.split = split;
   p.channel_tiles = static_cast<int>(ceil_div(args.n, kChannels * pair));
-  p.token_tiles = static_cast<int>(ceil_div(args.m, kTokens));
+  p.token_tiles = static_cast<int>(ceil_div(args.m, C::kTokens));
   p.set_tiles = FastDiv(kTokenTiles * p.channel_tiles);
   p.last_tokens = FastDiv(p.token_tiles % kTokenTiles == 0 ? 1 : p.token_tiles % kTokenTiles);
   p.store_boxes = args.out_dtype != DType::f32 && args.n % 8 == 0 && aligned16(args.out);
-  p.x = tensor_map(args.x, CU_TENSOR_MAP_DATA_TYPE_UINT8, args.m, args.k, args.k, kTokens / pair,
+  p.x = tensor_map(args.x, CU_TENSOR_MAP_DATA_TYPE_UINT8, args.m, args.k, args.k, C::kTokens / pair,
                    kColumns, CU_TENSOR_MAP_SWIZZLE_128B);
   const int64_t strip_bytes = ceil_div(args.k, 64) * kHalfStripBytes;
   p.w = tensor_map(args.w, CU_TENSOR_MAP_DATA_TYPE_INT32, ceil_div(args.n, kStrip), strip_bytes / 4,
@@ -153,21 +131,54 @@ void run(const LinearInt4Args& args, Cluster cluster, Stream stream) {
   const int64_t tiles = int64_t{p.channel_tiles} * p.token_tiles;
   // A ring that has received sums is not filled again: parts of k have one tile.
   const int64_t most = split > 1 ? tiles : device_limits().processors / pair;
-  const auto kernel =
-      args.groups == 1 ? &linear_int4_prefill_kernel<false> : &linear_int4_prefill_kernel<true>;
+  const auto kernel = &linear_int4_prefill_kernel<C>;
   QUAROT_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
   cudaLaunchAttribute dimension{};
   dimension.id = cudaLaunchAttributeClusterDimension;
   dimension.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>((tiles < most ? tiles : most) * blocks));
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
+  config.dynamicSmemBytes = C::kSharedBytes;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &dimension;
   config.numAttrs = 1;
   QUAROT_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p));
+}
+
+/// How the work is cut.
+struct Plan {
+  int tokens;  // of a tile
+  Cluster cluster;
+};
+
+/// The plan of the fewest cycles: waves of tiles times what the kernel was measured to take on an
+/// H200, for a stage of columns, for the rest of a tile, and for the exchange of sums.
+Plan plan_of(const LinearInt4Args& args, int processors) {
+  struct Cost {
+    int tokens;
+    int64_t stage, tile, exchange;
+  };
+  constexpr Cost kCosts[] = {{128, 1080, 3900, 4000}, {64, 620, 3000, 3000}};
+  const int64_t stages = ceil_div(args.k, kColumns), channel_tiles = ceil_div(args.n, kChannels);
+  const bool grouped = args.groups > 1;  // the order of the groups counts: no parts
+  Plan best{};
+  int64_t fewest = 0;
+  for (const Cost& cost : kCosts) {
+    if (grouped && cost.tokens != kGroupedTokens) continue;
+    for (int split = 1; split <= (grouped ? 1 : 2); ++split) {
+      const int64_t tiles = channel_tiles * ceil_div(args.m, cost.tokens);
+      const int64_t cycles =
+          ceil_div(tiles * split, processors) *
+          (ceil_div(stages, split) * cost.stage + cost.tile + (split - 1) * cost.exchange);
+      if (fewest > 0 && cycles >= fewest) continue;
+      fewest = cycles;
+      // Pairs must not add an empty column of tiles.
+      best = {cost.tokens, {split == 1 && channel_tiles % 2 == 0 ? 2 : 1, split}};
+    }
+  }
+  return best;
 }
 
 }  // namespace
@@ -180,7 +191,10 @@ bool linear_int4_prefill_fits(const LinearInt4Args& args) {
 }
 
 void linear_int4_prefill(const LinearInt4Args& args, Stream stream) {
-  run(args, cluster_of(args, device_limits().processors), stream);
+  const Plan plan = plan_of(args, device_limits().processors);
+  if (args.groups > 1) return run<Config<kGroupedTokens, true>>(args, plan.cluster, stream);
+  if (plan.tokens == 64) return run<Config<64, false>>(args, plan.cluster, stream);
+  run<Config<128, false>>(args, plan.cluster, stream);
 }
 
 }  // namespace quarot::cuda

@@ -1,6 +1,6 @@
 // The device side of linear_int4 for many tokens on sm_90a: int8 wgmma. Maths:
-// kernels/linear_int4.h. One file, though long: producer, multiplication and outputs share the
-// layout of shared memory and of registers.
+// kernels/linear_int4.h. One file, though long: producer, multiplication and outputs share a layout
+// of shared memory and of registers.
 //
 // Products are out^T[channels, tokens] = w[channels, k] * x[tokens, k]^T: int4 weights are operand
 // A of wgmma, which may come from registers, so they are widened there and nowhere else. A lane's
@@ -9,24 +9,23 @@
 // 32. A shift and a mask make of them 16 times the codes as int8; sums are 16 * acc, exact while
 // k < 2^17.
 //
-// A block makes tiles of kChannels output channels x kTokens tokens: two warpgroups multiply, 64
-// channels each; a thread of a third one fills a ring of stages of kColumns columns with the tensor
-// copy engine, activations in the 128-byte swizzle that wgmma reads.
+// A block makes tiles of 256 output channels x 128 or 64 tokens: four warpgroups multiply, 64
+// channels each; a thread of a fifth one fills a ring of stages of 128 columns with the tensor copy
+// engine, activations in the 128-byte swizzle that wgmma reads. With four, there is always one that
+// keeps the tensor cores busy while others widen, convert or store. Outputs are transposed through
+// shared memory and stored by the copy engine where rows are aligned.
 //
 //     cluster of `pair` = 2 blocks: neighbouring channels; each copies half of the activations, to
-//                       both: 16 instead of 24 KB a stage from L2
+//                       both
 //     cluster of `split` blocks: parts of k, where there are fewer tiles than processors; the sums,
 //                       which are exact, are exchanged through shared memory, a piece of tokens
 //                       each
 //
-// While one warpgroup turns its sums into outputs, the other one has the tensor cores for itself:
-// the second starts kLag stages late, and the ring lets them stay apart. Outputs are transposed
-// through shared memory and stored by the copy engine where rows are aligned.
+// Grouped scales: the sums of a group are converted and added up in fp32 at its end; 64 tokens,
+// since a thread holds both kinds of sums.
 //
-// Grouped scales: the sums of a group are converted and added up in fp32 while the other warpgroup
-// multiplies.
-//
-// Bound: the int8 tensor cores, then the power limit; with grouped scales, the conversions.
+// Bound: the int8 tensor cores, at the clock that the power limit leaves; with grouped scales, the
+// conversions.
 #pragma once
 
 #include <cuda.h>
@@ -41,54 +40,56 @@
 namespace quarot::cuda::prefill {
 
 constexpr int kGroupThreads = 128;  // of a warpgroup
-constexpr int kConsumers = 2;       // warpgroups that multiply
+constexpr int kConsumers = 4;       // warpgroups that multiply
 constexpr int kThreads = (kConsumers + 1) * kGroupThreads;
-// setmaxnreg: 240 * 256 + 24 * 128 threads have the 64 K registers of an SM.
-constexpr int kConsumerRegisters = 240;
+// setmaxnreg: a launch has 96 registers for each of 640 threads; the producer leaves its own.
+constexpr int kConsumerRegisters = 112;
 constexpr int kProducerRegisters = 24;
 
 constexpr int kGroupChannels = 64;  // of a warpgroup: wgmma's rows
 constexpr int kChannels = kConsumers * kGroupChannels;
-constexpr int kTokens = 128;
-constexpr int kColumns = 128;       // of a stage: a row of the 128-byte swizzle
-constexpr int kSums = kTokens / 2;  // of a thread
+constexpr int kColumns = 128;  // of a stage: a row of the 128-byte swizzle
 
 // The weight layout: strips of 16 channels, 512 bytes for 64 columns.
 constexpr int kStrip = 16;
 constexpr int kHalfStripBytes = 512;
 constexpr int kStripBytes = 2 * kHalfStripBytes;  // of a stage
+constexpr int kWeightBytes = kChannels / kStrip * kStripBytes;
 
 // Outputs of a warpgroup leave in pieces; a box of the copy engine is one.
 constexpr int kPieceTokens = 32;
-constexpr int kPieces = kTokens / kPieceTokens;
-constexpr int kPieceSums = kSums / kPieces;
+constexpr int kPieceSums = kPieceTokens / 2;
 constexpr int kPieceBytes = kPieceTokens * kGroupChannels * 2;
 
-// Shared memory, from a multiple of the swizzle's 1024 bytes.
-constexpr int kStages = 7;
-constexpr int kTokenBytes = kTokens * kColumns;
-constexpr int kWeightBytes = kChannels / kStrip * kStripBytes;
 constexpr int kSwizzleBytes = 1024;
-constexpr int kWeightsAt = kStages * kTokenBytes;
-constexpr int kPiecesAt = kWeightsAt + kStages * kWeightBytes;
-constexpr int kScalesAt = kPiecesAt + kConsumers * kPieces * kPieceBytes;
-constexpr int kZerosAt = kScalesAt + kConsumers * kTokens * 4;
-constexpr int kFullAt = kZerosAt + kConsumers * kTokens * 4;
-constexpr int kEmptyAt = kFullAt + kStages * 8;
-constexpr int kSharedBytes = kSwizzleBytes + kEmptyAt + kStages * 8;
 
-// Barriers of the block: 0 is __syncthreads.
-constexpr int kGroupBarrier = 1;  // and 2: of a warpgroup
-constexpr int kStartBarrier = 3;  // lets the second warpgroup begin
+/// What depends on the tokens of a tile.
+template <int kTokens_, bool kGrouped_>
+struct Config {
+  static constexpr int kTokens = kTokens_;
+  static constexpr bool kGrouped = kGrouped_;
+  static constexpr int kSums = kTokens / 2;  // of a thread
+  static constexpr int kPieces = kTokens / kPieceTokens;
+
+  // Shared memory, from a multiple of the swizzle's 1024 bytes.
+  static constexpr int kStages = kTokens == 128 ? 4 : 7;  // what fits
+  static constexpr int kTokenBytes = kTokens * kColumns;
+  static constexpr int kWeightsAt = kStages * kTokenBytes;
+  static constexpr int kPiecesAt = kWeightsAt + kStages * kWeightBytes;
+  static constexpr int kScalesAt = kPiecesAt + kConsumers * kPieces * kPieceBytes;
+  static constexpr int kZerosAt = kScalesAt + kConsumers * kTokens * 4;
+  static constexpr int kFullAt = kZerosAt + kConsumers * kTokens * 4;
+  static constexpr int kEmptyAt = kFullAt + kStages * 8;
+  static constexpr int kSharedBytes = kSwizzleBytes + kEmptyAt + kStages * 8;
+};
+
+/// The first of the warpgroups' barriers; 0 is __syncthreads.
+constexpr int kGroupBarrier = 1;
 
 /// sums are 16 * acc.
 constexpr int kWidenShift = 4;
-/// Stages that the second warpgroup starts behind the first.
-constexpr int kLag = 3;
 /// Token tiles that are worked on together, so that their activations and the weights meet in L2.
 constexpr int kTokenTiles = 16;
-/// The residual is fetched this many stages before the end of a tile.
-constexpr int kFetchStages = 3;
 
 struct Params {
   LinearInt4Args args;
@@ -106,6 +107,7 @@ struct Params {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 /// A place in the ring of stages, and the parity of its phase.
+template <int kStages>
 struct Ring {
   int stage = 0;
   uint32_t parity = 0;
@@ -141,7 +143,7 @@ struct Tile {
 
 /// Calls body(tile) for each tile of this block: in sets of kTokenTiles token tiles, these for one
 /// channel tile after the other.
-template <class Body>
+template <class C, class Body>
 __device__ __forceinline__ void for_tiles(const Params& p, int neighbour, const Body& body) {
   const int blocks = p.pair * p.split;
   const int tiles = p.channel_tiles * p.token_tiles;
@@ -151,26 +153,28 @@ __device__ __forceinline__ void for_tiles(const Params& p, int neighbour, const 
     const bool whole = (set + 1) * kTokenTiles <= p.token_tiles;
     const int channel = whole ? rest / kTokenTiles : p.last_tokens(rest);
     const int token = rest - channel * (whole ? kTokenTiles : p.last_tokens.divisor());
-    body(Tile{(channel * p.pair + neighbour) * kChannels, (set * kTokenTiles + token) * kTokens});
+    body(
+        Tile{(channel * p.pair + neighbour) * kChannels, (set * kTokenTiles + token) * C::kTokens});
   }
 }
 
 // ---- Producer -----------------------------------------------------------------------------------
 
+template <class C>
 __device__ __forceinline__ void fill_ring(const Params& p, uint32_t shared) {
   const Place me = place(p);
-  const int tokens = kTokens / p.pair;  // that this block copies
+  const int tokens = C::kTokens / p.pair;  // that this block copies
   const int first_token = me.neighbour * tokens;
   const auto blocks = static_cast<uint16_t>(((1 << p.pair) - 1) << (me.part * p.pair));
-  Ring ring;
-  for_tiles(p, me.neighbour, [&](const Tile& tile) {
+  Ring<C::kStages> ring;
+  for_tiles<C>(p, me.neighbour, [&](const Tile& tile) {
     for (int s = me.first; s < me.last; ++s) {
-      const uint32_t full = shared + kFullAt + ring.stage * 8;
-      wait(shared + kEmptyAt + ring.stage * 8, ring.parity ^ 1);
-      mbarrier_expect(full, kTokenBytes + kWeightBytes);
-      tma_load(shared + kWeightsAt + ring.stage * kWeightBytes, &p.w, s * (kStripBytes / 4),
+      const uint32_t full = shared + C::kFullAt + ring.stage * 8;
+      wait(shared + C::kEmptyAt + ring.stage * 8, ring.parity ^ 1);
+      mbarrier_expect(full, C::kTokenBytes + kWeightBytes);
+      tma_load(shared + C::kWeightsAt + ring.stage * kWeightBytes, &p.w, s * (kStripBytes / 4),
                tile.channel / kStrip, full);
-      tma_load_multicast(shared + ring.stage * kTokenBytes + first_token * kColumns, &p.x,
+      tma_load_multicast(shared + ring.stage * C::kTokenBytes + first_token * kColumns, &p.x,
                          s * kColumns, tile.token + first_token, full, blocks);
       ring.next();
     }
@@ -189,7 +193,7 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t shared) {
 /// From one step of 32 columns to the next, in the descriptor's units of 16 bytes.
 constexpr int kStepUnits = 2;
 
-/// The A fragments of two steps of 32 columns, times 16.
+/// The A fragments of two steps of 32 columns, times 16, from the words of the weight layout.
 __device__ __forceinline__ void widen(uint32_t (&a)[2][4], const uint4& w) {
   const uint32_t words[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
@@ -201,14 +205,17 @@ __device__ __forceinline__ void widen(uint32_t (&a)[2][4], const uint4& w) {
   }
 }
 
-/// sums (+)= 64 columns, from this thread's words of the weight layout.
-__device__ __forceinline__ void multiply(int (&sums)[kSums], uint32_t (&a)[2][4], const uint4& w,
-                                         uint64_t x, bool add) {
-  widen(a, w);
-  wgmma_fence();
+/// sums (+)= 64 columns.
+template <int kSums>
+__device__ __forceinline__ void multiply(int (&sums)[kSums], const uint32_t (&a)[2][4], uint64_t x,
+                                         bool add) {
   wgmma_s8(sums, a[0], x, add);
   wgmma_s8(sums, a[1], x + kStepUnits, true);
-  wgmma_commit();
+}
+
+/// The inverse of shared_address.
+__device__ __forceinline__ unsigned char* shared_pointer(uint32_t shared) {
+  return dynamic_shared() + (shared - shared_address(dynamic_shared()));
 }
 
 /// What a thread knows of its two channels, first and first + 8.
@@ -218,8 +225,10 @@ struct Channels {
   int sum[2];
 };
 
-template <bool kGrouped>
+template <class C>
 struct Consumer {
+  static constexpr bool kGrouped = C::kGrouped;
+  static constexpr int kSums = C::kSums;
   using Sum = std::conditional_t<kGrouped, float, int>;
 
   const Params& p;
@@ -227,27 +236,33 @@ struct Consumer {
   Place me;
   int group;        // the warpgroup
   uint32_t thread;  // in the warpgroup
-  float* scales;    // shared [kTokens] of this warpgroup
-  int* zeros;       // likewise
-  Ring ring;
+  Ring<C::kStages> ring;
 
+  /// Shared [kTokens] of this warpgroup.
+  __device__ __forceinline__ float* scales() const {
+    return reinterpret_cast<float*>(shared_pointer(shared + C::kScalesAt)) + group * C::kTokens;
+  }
+  __device__ __forceinline__ int* zeros() const {
+    return reinterpret_cast<int*>(shared_pointer(shared + C::kZerosAt)) + group * C::kTokens;
+  }
   __device__ __forceinline__ int warp() const { return static_cast<int>(thread) / kWarp; }
   __device__ __forceinline__ int lane() const { return static_cast<int>(thread) % kWarp; }
   __device__ __forceinline__ void sync() const {
     barrier_sync(kGroupBarrier + group, kGroupThreads);
   }
+  __device__ __forceinline__ int first_channel(const Tile& tile) const {
+    return tile.channel + group * kGroupChannels + warp() * kStrip + lane() / 4;
+  }
 
   __device__ __forceinline__ Channels load_channels(const Tile& tile) const {
     const LinearInt4Args& args = p.args;
     Channels c{};
-    c.first = tile.channel + group * kGroupChannels + warp() * kStrip + lane() / 4;
+    c.first = first_channel(tile);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t j = min(int64_t{c.first} + 8 * h, args.n - 1);
-      if constexpr (!kGrouped) {
-        c.scale[h] = args.w_scale[j];
-        if (args.x_zero != nullptr) c.sum[h] = args.w_sum[j];
-      }
+      const int j = min(c.first + 8 * h, static_cast<int>(args.n) - 1);
+      if (!kGrouped) c.scale[h] = args.w_scale[j];
+      if (!kGrouped && args.x_zero != nullptr) c.sum[h] = args.w_sum[j];
       if (args.bias != nullptr) c.bias[h] = load1(args.bias_dtype, args.bias, j);
     }
     return c;
@@ -256,60 +271,39 @@ struct Consumer {
   // -- Multiply
 
   __device__ __forceinline__ void await_stage() const {
-    wait(shared + kFullAt + ring.stage * 8, ring.parity);
+    wait(shared + C::kFullAt + ring.stage * 8, ring.parity);
   }
   /// This thread's weights of half of the stage.
   __device__ __forceinline__ uint4 weights(int half) const {
-    return load_shared(shared + kWeightsAt + ring.stage * kWeightBytes +
+    return load_shared(shared + C::kWeightsAt + ring.stage * kWeightBytes +
                        (group * 4 + warp()) * kStripBytes + half * kHalfStripBytes + lane() * 16);
   }
   __device__ __forceinline__ uint64_t tokens() const {
-    return descriptor(shared + ring.stage * kTokenBytes);
+    return descriptor(shared + ring.stage * C::kTokenBytes);
   }
   /// This warp needs the stage no more, nor does any block that copies to it have to wait for it.
-  __device__ __forceinline__ void release(int stage) const {
+  __device__ __forceinline__ void release_stage() {
     if (lane() < p.pair) {
-      mbarrier_arrive(cluster_address(shared + kEmptyAt + stage * 8, me.part * p.pair + lane()));
+      mbarrier_arrive(
+          cluster_address(shared + C::kEmptyAt + ring.stage * 8, me.part * p.pair + lane()));
     }
+    ring.next();
   }
 
-  __device__ __forceinline__ static void start_second() {
-    barrier_arrive(kStartBarrier, kConsumers * kGroupThreads);
-  }
-
-  /// sums = 16 * acc of this block's part of k. lead: starts the second warpgroup. late() is called
-  /// some stages before the end.
-  template <class Late>
-  __device__ __forceinline__ void multiply_tile(int (&sums)[kSums], bool lead, const Late& late) {
-    uint4 w[2];
-    uint32_t a[2][4], b[2][4];
-    const auto read_weights = [&] {
+  /// sums = 16 * acc of this block's part of k.
+  __device__ __forceinline__ void multiply_tile(int (&sums)[kSums]) {
+    for (int s = me.first; s < me.last; ++s) {
       await_stage();
-      w[0] = weights(0);
-      w[1] = weights(1);
-    };
-    read_weights();
-    const auto multiply_stages = [&](int first, int last) {
-      for (int s = first; s < last; ++s) {
-        const int stage = ring.stage;
-        const uint64_t x = tokens();
-        multiply(sums, a, w[0], x, s > me.first);
-        wgmma_wait<1>();
-        if (s > me.first) release(stage == 0 ? kStages - 1 : stage - 1);
-        multiply(sums, b, w[1], x + 2 * kStepUnits, true);
-        ring.next();
-        if (s + 1 < me.last) read_weights();
-        if (lead && s == me.first + kLag) start_second();
-        wgmma_wait<1>();
-      }
-    };
-    const int fetch = max(me.first, me.last - kFetchStages);
-    multiply_stages(me.first, fetch);
-    late();
-    multiply_stages(fetch, me.last);
-    wgmma_wait<0>();
-    release(ring.stage == 0 ? kStages - 1 : ring.stage - 1);
-    if (lead && me.last - me.first <= kLag) start_second();
+      uint32_t a[2][4], b[2][4];
+      widen(a, weights(0));
+      widen(b, weights(1));
+      wgmma_fence();
+      multiply(sums, a, tokens(), s > me.first);
+      multiply(sums, b, tokens() + 2 * kStepUnits, true);
+      wgmma_commit();
+      wgmma_wait<0>();
+      release_stage();
+    }
   }
 
   // Scales and zeros of a warpgroup's tokens lie so that the four that belong to a thread's block
@@ -330,7 +324,7 @@ struct Consumer {
   __device__ __forceinline__ void subtract_zeros(int (&sums)[kSums], const int (&w_sum)[2]) const {
 #pragma unroll
     for (int b = 0; b < kSums; b += kBlock) {
-      const int4 four = four_tokens(zeros, b / kBlock);
+      const int4 four = four_tokens(zeros(), b / kBlock);
       const int z[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
@@ -340,18 +334,16 @@ struct Consumer {
   }
 
   /// total = the sum over groups of (acc * s_x) * s_w.
-  __device__ __forceinline__ void multiply_groups(float (&total)[kSums], const Channels& c) {
+  __device__ __forceinline__ void multiply_groups(float (&total)[kSums], const Tile& tile) {
     const LinearInt4Args& args = p.args;
     const int halves = static_cast<int>(args.k / 64);
     const int group_halves = halves / static_cast<int>(args.groups);
     int sums[kSums];
-    float4 scale[kSums / kBlock];
-#pragma unroll
-    for (int b = 0; b < kSums / kBlock; ++b) scale[b] = four_tokens(scales, b);
 #pragma unroll
     for (int i = 0; i < kSums; ++i) total[i] = 0.0f;
     const int groups = static_cast<int>(args.groups), last_row = static_cast<int>(args.n) - 1;
-    const int row[2] = {min(c.first, last_row) * groups, min(c.first + 8, last_row) * groups};
+    const int channel = first_channel(tile);
+    const int row[2] = {min(channel, last_row) * groups, min(channel + 8, last_row) * groups};
     int of = 0, done = 0;  // the group, and its halves so far
     float next[2] = {args.w_scale[row[0]], args.w_scale[row[1]]};
     const auto convert = [&] {
@@ -369,7 +361,7 @@ struct Consumer {
       // Step by step for a block of sums: the compiler keeps this order, and a chain would wait.
 #pragma unroll
       for (int first = 0; first < kSums; first += kBlock) {
-        const float4 four = scale[first / kBlock];
+        const float4 four = four_tokens(scales(), first / kBlock);
         const float s_x[4] = {four.x, four.y, four.z, four.w};
         float v[kBlock];
 #pragma unroll
@@ -382,22 +374,22 @@ struct Consumer {
         for (int i = 0; i < kBlock; ++i) total[first + i] = __fadd_rn(total[first + i], v[i]);
       }
     };
-    const auto multiply_half = [&](uint32_t (&a)[2][4], int half) {
-      const uint4 w = weights(half);
-      multiply(sums, a, w, tokens() + half * 2 * kStepUnits, done > 0);
-      if (++done < group_halves) return;
+    const auto multiply_half = [&](int half) {
+      uint32_t a[2][4];
+      widen(a, weights(half));
+      wgmma_fence();
+      multiply(sums, a, tokens() + half * 2 * kStepUnits, done > 0);
+      wgmma_commit();
       wgmma_wait<0>();
+      if (++done < group_halves) return;
       done = 0;
       convert();
     };
     for (int s = me.first; s < me.last; ++s) {
-      uint32_t a[2][4], b[2][4];
       await_stage();
-      multiply_half(a, 0);
-      if (2 * s + 1 < halves) multiply_half(b, 1);
-      wgmma_wait<0>();
-      release(ring.stage);
-      ring.next();
+      multiply_half(0);
+      if (2 * s + 1 < halves) multiply_half(1);
+      release_stage();
     }
   }
 
@@ -407,7 +399,7 @@ struct Consumer {
 
   static constexpr int kVectors = kPieceSums / 4;
   static constexpr int kVectorBytes = kConsumers * kGroupThreads * 16;
-  static_assert(kPieces * kVectors * kVectorBytes <= kPiecesAt);
+  static_assert(C::kPieces * kVectors * kVectorBytes <= C::kPiecesAt);
 
   __device__ __forceinline__ bool owns(int piece) const {
     return (piece & (p.split - 1)) == me.part;
@@ -420,7 +412,7 @@ struct Consumer {
     cluster_arrive();
     cluster_wait();  // all rings are free
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
+    for (int i = 0; i < C::kPieces; ++i) {
       if (owns(i)) continue;
       const int owner = (i & (p.split - 1)) * p.pair + me.neighbour;
       const uint32_t to = cluster_address(sent(i, me.part), owner);
@@ -433,7 +425,7 @@ struct Consumer {
     cluster_arrive();
     cluster_wait();
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
+    for (int i = 0; i < C::kPieces; ++i) {
       for (int from = 0; from < p.split; ++from) {
         if (!owns(i) || from == me.part) continue;
 #pragma unroll
@@ -468,12 +460,12 @@ struct Consumer {
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) acc[i] = sums[i] >> kWidenShift;
       if (args.x_zero != nullptr) {
-        const int4 four = four_tokens(zeros, b);
+        const int4 four = four_tokens(zeros(), b);
         const int z[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
         for (int i = 0; i < kBlock; ++i) acc[i] -= z[i / 4 * 2 + i % 2] * c.sum[i / 2 % 2];
       }
-      const float4 four = four_tokens(scales, b);
+      const float4 four = four_tokens(scales(), b);
       const float s_x[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
@@ -487,37 +479,18 @@ struct Consumer {
     }
   }
 
-  /// The residual's bits; of elements outside, those of some other one.
-  __device__ __forceinline__ void fetch_residual(uint32_t (&bits)[kBlock], int b, const Tile& tile,
-                                                 const Channels& c) const {
+  template <DType kDtype>
+  __device__ __forceinline__ void add_residual(float (&v)[kBlock], int b, const Tile& tile,
+                                               const Channels& c) const {
     const int m = static_cast<int>(p.args.m), n = static_cast<int>(p.args.n);
-    const auto fetch = [&](const auto* data) {
+    float r[kBlock];
 #pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        const int64_t row = min(tile.token + token_of(b, i), m - 1);
-        bits[i] = data[row * n + min(c.first + i / 2 % 2 * 8, n - 1)];
-      }
-    };
-    if (p.args.residual_dtype == DType::f32) {
-      fetch(static_cast<const uint32_t*>(p.args.residual));
-    } else {
-      fetch(static_cast<const uint16_t*>(p.args.residual));
+    for (int i = 0; i < kBlock; ++i) {  // outside, some other element
+      const int64_t row = min(tile.token + token_of(b, i), m - 1);
+      r[i] = load1<kDtype>(p.args.residual, row * n + min(c.first + i / 2 % 2 * 8, n - 1));
     }
-  }
-  __device__ __forceinline__ void add_residual(float (&v)[kBlock],
-                                               const uint32_t (&bits)[kBlock]) const {
-    const auto add = [&](const auto& to_float) {
 #pragma unroll
-      for (int i = 0; i < kBlock; ++i) v[i] = __fadd_rn(v[i], to_float(bits[i]));
-    };
-    switch (p.args.residual_dtype) {
-      case DType::f32:
-        return add([](uint32_t u) { return __uint_as_float(u); });
-      case DType::f16:
-        return add([](uint32_t u) { return f16_to_float(static_cast<uint16_t>(u)); });
-      case DType::bf16:
-        return add([](uint32_t u) { return bf16_low(u); });
-    }
+    for (int i = 0; i < kBlock; ++i) v[i] = __fadd_rn(v[i], r[i]);
   }
 
   /// Stores elements one by one: any n, any type as wide as Bits.
@@ -535,7 +508,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ uint32_t box(int piece) const {
-    return shared + kPiecesAt + (group * kPieces + piece) * kPieceBytes;
+    return shared + C::kPiecesAt + (group * C::kPieces + piece) * kPieceBytes;
   }
 
   __device__ __forceinline__ void store_block(const float (&v)[kBlock], int b, const Tile& tile,
@@ -567,51 +540,54 @@ struct Consumer {
 
   // -- All of it
 
-  __device__ __forceinline__ void make_tile(const Tile& tile, bool lead) {
+  __device__ __forceinline__ void make_tile(const Tile& tile) {
     const LinearInt4Args& args = p.args;
-    const Channels c = load_channels(tile);
-    const int64_t token = min(int64_t{tile.token} + thread, args.m - 1);
+    const int in_tile = static_cast<int>(thread) % C::kTokens;
+    const int token = min(tile.token + in_tile, static_cast<int>(args.m) - 1);
     // A group's sums are converted as they are, 16 * acc; exact unless the scale is below 2^-122.
     const float scale = args.x_scale[token] * (kGrouped ? 1.0f / (1 << kWidenShift) : 1.0f);
-    const int zero = args.x_zero == nullptr ? 0 : args.x_zero[token];
     const auto share_tokens = [&] {
-      scales[slot_of(static_cast<int>(thread))] = scale;
-      zeros[slot_of(static_cast<int>(thread))] = zero;
+      scales()[slot_of(in_tile)] = scale;
+      if (args.x_zero != nullptr) zeros()[slot_of(in_tile)] = args.x_zero[token];
       if (thread == 0) tma_store_wait_read<0>();  // the boxes are free
       sync();
     };
     Sum sums[kSums];
-    uint32_t residual[kSums / kBlock][kBlock];
     if constexpr (kGrouped) {
       share_tokens();
-      multiply_groups(sums, c);
+      multiply_groups(sums, tile);
     } else {
-      multiply_tile(sums, lead, [&] {
-#pragma unroll
-        for (int b = 0; b < kSums / kBlock; ++b) {
-          if (args.residual != nullptr) fetch_residual(residual[b], b, tile, c);
-        }
-      });
+      multiply_tile(sums);
       pin(thread);  // what is worked out from it takes no registers before
       if (p.split > 1) exchange(sums);
-      share_tokens();
     }
+    const Channels c = load_channels(tile);
+    if constexpr (!kGrouped) share_tokens();
 #pragma unroll
     for (int b = 0; b < kSums / kBlock; ++b) {
-      if (!owns(b * kBlock / kPieceSums)) continue;
-      if constexpr (kGrouped) pin(thread);
+      if (!owns(b / 2)) continue;
+      pin(thread);
       float v[kBlock];
       scale_block(v, sums + b * kBlock, b, c);
       if (args.residual != nullptr) {
-        if constexpr (kGrouped) fetch_residual(residual[b], b, tile, c);
-        add_residual(v, residual[b]);
+        switch (args.residual_dtype) {
+          case DType::f32:
+            add_residual<DType::f32>(v, b, tile, c);
+            break;
+          case DType::f16:
+            add_residual<DType::f16>(v, b, tile, c);
+            break;
+          case DType::bf16:
+            add_residual<DType::bf16>(v, b, tile, c);
+            break;
+        }
       }
       store_block(v, b, tile, c);
     }
     async_proxy_fence();
     sync();  // boxes are full, scales and zeros have been read
     if (thread == 0 && p.store_boxes) {
-      for (int piece = 0; piece < kPieces; ++piece) {
+      for (int piece = 0; piece < C::kPieces; ++piece) {
         if (!owns(piece)) continue;
         tma_store(&p.out, tile.channel + group * kGroupChannels, tile.token + piece * kPieceTokens,
                   box(piece));
@@ -621,12 +597,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run() {
-    bool lead = !kGrouped && group == 0;
-    if (!kGrouped && group == 1) barrier_sync(kStartBarrier, kConsumers * kGroupThreads);
-    for_tiles(p, me.neighbour, [&](const Tile& tile) {
-      make_tile(tile, lead);
-      lead = false;
-    });
+    for_tiles<C>(p, me.neighbour, [&](const Tile& tile) { make_tile(tile); });
     if (thread == 0) tma_store_wait_read<0>();
     __syncwarp();
   }
