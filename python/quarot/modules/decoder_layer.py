@@ -262,7 +262,15 @@ class DecoderLayer(nn.Module):
             return attention.attend(q.transpose(1, 2), keys, values, mask, scale).transpose(1, 2)
         if mask is not None:
             mask = masks.kernel_mask(mask, batch, tokens, cache.length, cache.capacity)
-        return ops.attention(q, *cache.buffers, cache.lengths, mask, bits=bits, scale=scale)
+        return ops.attention(
+            q,
+            *cache.buffers,
+            cache.lengths,
+            mask,
+            bits=bits,
+            scale=scale,
+            length=cache.length,
+        )
 
     def _norm(self, name: str) -> Tensor:
         return self.get_parameter(getattr(self.architecture, name) + ".weight")
