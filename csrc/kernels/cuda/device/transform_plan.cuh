@@ -169,7 +169,8 @@ inline bool plan_transform(TransformPlan& p, const HadamardMatrix& m, int64_t ro
   int64_t tile_rows = int64_t{p.stacked} * (kGroup / p.segment) / row_blocks;
   const int64_t fair = ceil_div(rows, device.processors);
   if (tile_rows > fair) tile_rows = fair;
-  if (tile_rows < 1) tile_rows = 1;
+  // Rows apart are one run of memory only one by one.
+  if (tile_rows < 1 || (!dense && p.stacked == 1 && p.block_bits == 0)) tile_rows = 1;
   for (; tile_rows > 1; tile_rows /= 2) {
     if (fit(static_cast<int>(tile_rows), 1)) break;
   }
