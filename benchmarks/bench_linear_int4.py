@@ -52,7 +52,7 @@ MAX_CALLS = 64  # of one replay
 class LinearCase(Case):
     """A case with its rate of multiplications and additions."""
 
-    tops: float
+    tops: float = 0.0
 
     def line(self) -> str:
         """Return the case as one line of a table."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from common import Case, write_results
+from common import DEVICES, Case, write_results
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def report(request: pytest.FixtureRequest) -> Iterator[Callable[[str, Case], Non
     """Take (device, case): print its line now, write results/<device>/<family>.json at the end.
 
     Only a run of all the module's cases on a device is written: part of one (-k, or a failure)
-    would overwrite the whole.
+    would overwrite the whole. -k cuda and -k cpu are whole runs.
     """
     cases: dict[str, list[dict[str, Any]]] = {}
     failed_before = request.session.testsfailed
@@ -26,7 +26,8 @@ def report(request: pytest.FixtureRequest) -> Iterator[Callable[[str, Case], Non
         cases.setdefault(device, []).append(dataclasses.asdict(case))
 
     yield add
-    if request.config.option.keyword or request.session.testsfailed > failed_before:
+    part = request.config.option.keyword not in ("", *DEVICES)
+    if part or request.session.testsfailed > failed_before:
         return
     family = request.module.__name__.removeprefix("bench_")
     for device, rows in cases.items():
