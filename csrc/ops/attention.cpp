@@ -1,4 +1,5 @@
-// quarot::attention.
+// quarot::attention: on CUDA few queries go to the kernel, many to attention_prefill.h. Above 150
+// lines: twelve arguments to check.
 #include "kernels/attention.h"
 
 #include "ops/attention_prefill.h"

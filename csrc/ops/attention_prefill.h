@@ -5,17 +5,21 @@
 // Where the caller knows that all sequences hold just the new tokens (`length` = seq, no mask), one
 // causal call does it. Else a mask says what each query sees, as lengths are only on the device,
 // and the heads of a group take turns: torch's kernels with a mask do not share keys among heads.
+// `length` is taken as true. Above 150 lines: one walk over tiles.
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <optional>
 
 #include "kernels/attention.h"
 #include "ops/checks.h"
 
 namespace quarot::ops {
 
-/// Bytes of the keys and values of a tile, and of a mask written out.
-inline constexpr int64_t kTileBytes = int64_t{256} << 20;
+/// Bytes of the keys and values of a tile (one head of one sequence may be more), and of a mask
+/// written out.
+inline constexpr int64_t kKeysAndValuesBytes = int64_t{256} << 20;
 inline constexpr int64_t kVisibleBytes = int64_t{64} << 20;
 
 /// torch.nn.functional.scaled_dot_product_attention; all [batch, heads, tokens, head_dim].
@@ -61,7 +65,7 @@ class Prefill {
     out_ = new_tensor(q_, {a_.batch, a_.seq, a_.heads, a_.head_dim}, q_.scalar_type());
     if (tokens_ == 0) return torch::stable::zero_(out_);
     const int64_t head_bytes = 2 * tokens_ * a_.head_dim * (a_.dtype == DType::f32 ? 4 : 2);
-    const int64_t most = std::max<int64_t>(kTileBytes / head_bytes, 1);
+    const int64_t most = std::max<int64_t>(kKeysAndValuesBytes / head_bytes, 1);
     const int64_t heads = std::min(most, a_.kv_heads);
     const int64_t batch = heads < a_.kv_heads ? 1 : std::min(most / a_.kv_heads, a_.batch);
     for (int64_t b = 0; b < a_.batch; b += batch) {

@@ -1,3 +1,4 @@
+// clip_search on the CPU: checks, and picks the instruction set.
 #include "kernels/clip_search.h"
 
 #include "kernels/cpu/isa.h"

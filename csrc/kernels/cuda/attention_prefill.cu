@@ -110,6 +110,7 @@ void dequantize_kv(const DequantizeKvArgs& args, Stream stream) {
     case DType::bf16:
       return launch_dequantize<DType::bf16>(args, stream);
   }
+  QUAROT_ASSERT(false, "dequantize_kv: no such dtype");
 }
 
 void visible_keys(const VisibleArgs& args, Stream stream) {

@@ -1,7 +1,7 @@
-// Clip search on CUDA: a block a group of a row, its warps take the trials in turn and read the
-// group from the L1 each time, the lanes take the columns. Every trial takes the power, whose
-// logarithm and exponential run beside the other arithmetic. Bound by instructions, about ten a
-// weight and trial.
+// Clip search on CUDA. Maths: kernels/clip_search.h. A block a group of a row, its warps take the
+// trials in turn and read the group from the L1 each time, the lanes take the columns. Every trial
+// takes the power, whose logarithm and exponential run beside the other arithmetic. Bound by
+// instructions, about ten a weight and trial.
 #include <cuda_runtime.h>
 
 #include "kernels/clip_search.h"

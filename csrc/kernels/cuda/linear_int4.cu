@@ -17,7 +17,8 @@ namespace {
 
 constexpr int kPackThreads = 256;
 
-/// The inverse; the high nibbles of the bytes are zeros.
+/// The inverse of spread (device/linear_int4_mma.cuh): the low nibbles of four bytes in one half
+/// word; the high nibbles are zeros.
 __device__ __forceinline__ uint32_t gather(uint32_t bytes) {
   const uint32_t pairs = (bytes | (bytes >> 4)) & 0x00ff00ffu;
   return (pairs | (pairs >> 8)) & 0xffffu;
@@ -73,8 +74,8 @@ constexpr Choice choice(int64_t tokens, int64_t channels) {
 }
 constexpr int64_t kAny = int64_t{1} << 62;
 
-/// Whether sm_90a's kernel for many tokens is the faster one: its tiles have 128 tokens, but it
-/// splits the columns where there are few channels.
+/// Whether sm_90a's kernel for many tokens is the faster one: its tiles have 64 tokens or
+/// more, but it splits the columns where there are few channels.
 bool is_prefill(const LinearInt4Args& args) {
   return args.m > 32 || (args.m > 16 && args.n <= 8192);
 }

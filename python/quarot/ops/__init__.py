@@ -265,8 +265,8 @@ def linear_int4(
     """Multiply quantized activations by int4 weights: x @ w.T (+ bias) (+ residual).
 
     Args:
-        x_q: int8 [..., k] with int4 or int8 codes; packed uint8 [..., k/2] only on devices with a
-            native int4 product. k is a multiple of 32.
+        x_q: int8 [..., k] with int4 or int8 codes; packed uint8 [..., k/2] only on GPUs with int4
+            tensor cores (sm_80 to sm_89). k is a multiple of 32.
         x_scale, x_zero: float32 and int32 [...], one a row; x_zero None = symmetric.
         w: `prepack_int4` of packed codes [n, k/2].
         w_scale: float32 [n, groups], k / groups columns each.
@@ -361,7 +361,8 @@ def attention(
         mask: bool [B, 1 or H, S, L], true = may be seen; max(lengths) <= L <= capacity.
         bits: 4 or 8;  scale: factor of the scores.
         length: the length of all rows, where the host knows it; prefill on CUDA then needs no mask
-            to see `lengths` with.
+            to see `lengths` with. It must equal every entry of `lengths`: checked on a CPU, taken
+            as true on CUDA.
 
     Returns:
         [B, S, H, D] in q's dtype; a query that sees nothing is 0.

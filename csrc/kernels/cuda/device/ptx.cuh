@@ -1,5 +1,6 @@
 // The machine instructions that CUDA C++ has no name for, one a function. sm_80 has all of them but
-// those of the last section.
+// programmatic dependent launch, which does nothing there, and the last section. Above 400 lines:
+// one list.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,7 +25,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
-/// Waits for all of this thread's cp_async_16.
+/// Waits for all of this thread's asynchronous copies (cp_async_*).
 __device__ __forceinline__ void cp_async_wait_all() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
@@ -272,11 +273,6 @@ __device__ __forceinline__ void registers_release() {
 template <int kRegisters>
 __device__ __forceinline__ void registers_take() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-/// Counts at barrier_sync's barrier as `threads` threads' arrival does, and goes on.
-__device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 __device__ __forceinline__ uint32_t cluster_rank() {

@@ -12,7 +12,8 @@
 // A row that is longer than a team can hold is read again in each step, from the L2.
 // Rows of one warp: kSmallTeams a block, no barrier.
 //
-// Bound: memory; with a norm and a weight the instructions, about 20 an element.
+// Bound: memory; with a norm and a weight the instructions, about 20 an element. Above 400 lines:
+// rows held, read again and of one warp share the steps.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -62,12 +62,6 @@ struct Quantizer {
     atomicMax(&slot.high, range.high);
     if (!symmetric()) atomicMax(&slot.low, range.low);
   }
-  /// collect for a range that is in the same slot for all lanes of the warp.
-  __device__ __forceinline__ void collect_warp(Slot& slot, Range range) const {
-    range.high = warp_max(range.high);
-    if (!symmetric()) range.low = warp_max(range.low);
-    if (threadIdx.x % kWarp == 0) collect(slot, range);
-  }
   /// Ranges -> grids of `count` groups, the first of which is group first_group of all rows; clears
   /// the ranges.
   __device__ __forceinline__ void finish(Slot* slots, int count, int64_t first_group,

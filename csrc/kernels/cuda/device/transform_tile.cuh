@@ -1,5 +1,6 @@
 // The first half of transform_kernel: a tile's elements come from memory, are measured, and go into
-// the tile with their columns transformed. Maths and layout are in transform.cuh.
+// the tile with their columns transformed. Maths and layout are in transform.cuh. Above 400 lines:
+// operands, loads and steps share the lanes' layout.
 #pragma once
 
 #include <cuda_runtime.h>
