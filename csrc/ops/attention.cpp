@@ -30,6 +30,7 @@ struct Call {
   AttentionArgs args{};
   Tensor queries, lengths;
   OptionalTensor mask;
+  int64_t longest = 0;  // of lengths; on CUDA `length`, or 0: lengths are only on the device
 };
 
 Call checked(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale, const Tensor& k_zero,
@@ -55,8 +56,8 @@ Call checked(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale, cons
   QUAROT_REQUIRE(!length.has_value() || (*length >= 0 && *length <= shape.capacity), kOp,
                  "length must be between 0 and the capacity ", shape.capacity, "; got ",
                  length.value_or(0));
-  // On CUDA the kernels bound what they read: lengths are only on the device.
-  const int64_t longest =
+  // On CUDA the kernels bound what they read.
+  call.longest =
       q.is_cuda() ? length.value_or(0) : longest_of(call.lengths, shape.capacity, length);
 
   if (mask.has_value()) {
@@ -64,9 +65,9 @@ Call checked(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale, cons
     require_same_device(*mask, q, kOp, "mask", "q");
     QUAROT_REQUIRE(mask->dim() == 4 && mask->size(0) == batch &&
                        (mask->size(1) == 1 || mask->size(1) == heads) && mask->size(2) == seq &&
-                       mask->size(3) >= longest,
+                       mask->size(3) >= call.longest,
                    kOp, "mask must be [", batch, ", 1 or ", heads, ", ", seq, ", at least ",
-                   longest, "]; got ", describe(*mask));
+                   call.longest, "]; got ", describe(*mask));
     call.mask = mask->stride(3) == 1 ? *mask : torch::stable::contiguous(*mask);
     args.mask = data<const bool>(call.mask);
     args.mask_keys = call.mask->size(3);
@@ -102,9 +103,8 @@ Tensor attention_cpu(const Tensor& q, const Tensor& k_codes, const Tensor& k_sca
   AttentionArgs& args = call.args;
   const Tensor out = new_out(q);
   if (q.numel() == 0) return out;
-  const int64_t longest = longest_of(call.lengths, args.capacity, length);
   const int64_t floats = cpu::attention_workspace(args.batch, args.seq, args.heads, args.kv_heads,
-                                                  args.head_dim, longest);
+                                                  args.head_dim, call.longest);
   const Tensor workspace = new_tensor(q, {floats}, ScalarType::Float);
   args.out = out.data_ptr();
   args.workspace = data<float>(workspace);
