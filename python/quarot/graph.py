@@ -32,6 +32,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from quarot.cache import QuantizedLayer
+from quarot.generate import generate as loop
 from quarot.models import describe
 from quarot.modules import linear
 from quarot.modules.decoder_layer import DecoderLayer
@@ -56,6 +57,17 @@ class GraphedModel:
 
     quarot_graph: bool = True
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as transformers does, which hands a custom loop neither of these arguments."""
+        if kwargs.get("custom_generate") is loop:
+            if kwargs.get("assistant_model") is not None:
+                raise ValueError(
+                    "assistant_model: quarot.generate cannot be assisted; leave custom_generate out"
+                )
+            streamer = kwargs.pop("streamer", None)
+            kwargs["custom_generate"] = functools.partial(loop, streamer=streamer)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
 
 def install(model: Any) -> None:
     """Make the `forward` of a converted causal LM replay graphs.
@@ -63,7 +75,7 @@ def install(model: Any) -> None:
     Its class is swapped, because a method on the instance would not survive deepcopy.
     """
     if not isinstance(model, GraphedModel):
-        model.__class__ = _graphed(type(model))
+        model.__class__ = _graphed(type(model))  # type: ignore[arg-type]
 
 
 @functools.cache
