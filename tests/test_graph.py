@@ -7,8 +7,10 @@ eager model.
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import logging
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -285,6 +287,34 @@ def test_other_requests_run_eagerly(model: Any) -> None:
         step(output_attentions=True)
     assert graphs(model) == captured
     assert torch.equal(step().logits, expected) and seen == [1]
+
+
+@needs_cuda
+def test_settings_of_the_model_count_too(model: Any) -> None:
+    decode(model, DynamicCache(), prompt())
+    with torch.no_grad():
+        cache = DynamicCache()
+        model(prompt(), past_key_values=cache)
+        model.config.output_hidden_states = True
+        try:
+            assert len(model(prompt(1, 1), past_key_values=cache).hidden_states) == 3
+        finally:
+            model.config.output_hidden_states = False
+
+
+@needs_cuda
+def test_a_model_is_freed_with_its_graphs() -> None:
+    held = []
+    for _ in range(2):  # the first also allocates what stays, such as cuBLAS's workspace
+        model = on_gpu()
+        decode(model, StaticCache(model.config, max_cache_len=80), prompt())
+        assert graphs(model) == 1
+        alive = weakref.ref(model)
+        del model
+        gc.collect()
+        assert alive() is None
+        held.append((torch.cuda.memory_allocated(), len(graph._recorders)))
+    assert held[0] == held[1]
 
 
 @needs_cuda

@@ -20,7 +20,6 @@ import collections
 import contextlib
 import functools
 import logging
-import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -130,8 +129,7 @@ def _is_plain(kwargs: dict[str, Any]) -> bool:
 class _Recorder:
     """The graphs of one model, and what they rely on.
 
-    Holds no reference to the model, which could then never be freed, but to modules' dictionaries
-    of hooks and to the decoder's list of layers.
+    Holds no reference to the model itself, which could then never be freed.
     """
 
     def __init__(self, model: Any) -> None:
@@ -156,7 +154,7 @@ class _Recorder:
         self.known_layers = list(self.layers.values())
         self.holders = [h for m in others for h in (m._parameters, m._buffers) if h]
         self.addresses = self._addresses()
-        self.config = model.config
+        self.settings = vars(model.config)  # much faster to read than its attributes
         self.graphs: collections.OrderedDict[tuple[Any, ...], _Graph] = collections.OrderedDict()
         self.last: _Graph | None = None
         self.warm: set[tuple[int, bool]] = set()
@@ -194,8 +192,9 @@ class _Recorder:
     ) -> CausalLMOutputWithPast | None:
         if not self.usable or not self._is_plain(ids, kwargs):
             return None
-        layers = cache.layers
-        length = _common_length(layers, len(self.known_layers))
+        layers, graph = cache.layers, self.last
+        known = graph is not None and graph.is_of(layers)
+        length = layers[0].length if known else _common_length(layers, len(self.known_layers))
         if not length:
             return None
         positions = kwargs.get("position_ids")
@@ -207,15 +206,13 @@ class _Recorder:
         if mask is not None and not _is_padding(mask, ids.shape[0], length + 1):
             return None
         kind = (ids.shape[0], mask is not None)
-        if kind not in self.warm:  # loads kernels and constants, which a capture may not
-            self.warm.add(kind)
-            return None
-        graph = self.last
-        if graph is None or not graph.fits(kind, layers, length):
-            graph = self._graph(eager, kind, cache, length, ids.device)
+        if graph is None or not known or graph.kind != kind or length >= graph.capacity:
+            if kind not in self.warm:  # loads kernels and constants, which a capture may not
+                self.warm.add(kind)
+                return None
+            graph = self.last = self._graph(eager, kind, cache, length, ids.device)
             if graph is None:
                 return None
-            self.last = graph
         stream = torch.cuda.current_stream(self.device)
         if self.stream is not None and self.stream != stream:
             stream.wait_stream(self.stream)
@@ -224,15 +221,15 @@ class _Recorder:
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     def _is_plain(self, ids: Tensor, kwargs: dict[str, Any]) -> bool:
-        config = self.config
+        settings = self.settings
         return (
             _is_plain(kwargs)
             and type(ids) is Tensor
             and ids.device == self.device
             and not any(self.hooks)
-            and config.use_cache
-            and config.return_dict
-            and not (config.output_hidden_states or config.output_attentions)
+            and settings["use_cache"]
+            and settings["return_dict"]
+            and not (settings["output_hidden_states"] or settings["_output_attentions"])
             and not (torch.is_grad_enabled() and any(t.requires_grad for t in self._others()))
             and not torch.is_autocast_enabled("cuda")
             and not torch.cuda.is_current_stream_capturing()
@@ -315,11 +312,15 @@ class _Graph:
                 logits_to_keep=1,
             ).logits
 
-    def fits(self, kind: tuple[int, bool], layers: list[Any], length: int) -> bool:
-        """Tell whether this graph is of this kind of step and of this cache."""
-        if kind != self.kind or length >= self.capacity:
+    def is_of(self, layers: list[Any]) -> bool:
+        """Tell whether this graph's cache has these layers, and they are of one length."""
+        if len(layers) != len(self.stamps):
             return False
-        return all(map(operator.is_, [layer.stamp for layer in layers], self.stamps))
+        length = getattr(layers[0], "length", None)
+        for layer, stamp in zip(layers, self.stamps, strict=True):
+            if getattr(layer, "stamp", None) is not stamp or layer.length != length:
+                return False
+        return True
 
     def run(
         self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, layers: Any, length: int
@@ -337,7 +338,7 @@ class _Graph:
         layers[0].lengths.at(length, length + 1, self.kind[0], self.ids.device)
         self.graph.replay()
         for layer in layers:
-            layer.advance(1)
+            layer.length = length + 1
         return self.logits.clone()
 
 
