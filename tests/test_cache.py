@@ -81,13 +81,13 @@ def test_bytes_a_token(bits: int) -> None:
 
 
 def test_growing_keeps_tokens() -> None:
-    layer, whole = QuantizedLayer(SPEC), QuantizedLayer(SPEC, max_cache_len=300)
+    layer, whole = QuantizedLayer(SPEC), QuantizedLayer(SPEC, max_cache_len=600)
     capacities = []
-    for seed, tokens in enumerate((60, 4, 1, 100, 1)):
+    for seed, tokens in enumerate((60, 4, 1, 300, 1)):
         append(layer, tokens, seed=seed)
         append(whole, tokens, seed=seed)
         capacities.append(layer.capacity)
-    assert capacities == [64, 64, 128, 192, 192]
+    assert capacities == [64, 64, 320, 576, 576]
     assert same(stored(layer), stored(whole))
     assert consistent(layer)
 

@@ -26,6 +26,8 @@ from quarot.ops import reference
 
 _STEP = 64
 """Tokens that a growing cache's capacity is a multiple of."""
+_GROWTH = 256
+"""Fewest tokens that a cache grows by: growing copies it, and a CUDA graph is captured anew."""
 
 _HEAD_DIM_MULTIPLE = 8
 _MAX_HEAD_DIM = 256
@@ -101,7 +103,7 @@ class QuantizedLayer(CacheLayerMixin):
         spec: what a token's entry looks like.
         lengths: those of the cache's other layers, or None for the first.
         max_cache_len: fixed capacity in tokens, or None to grow with the text: by half of the
-            capacity at least, so that appending costs a constant time a token on average.
+            capacity and 256 tokens at least, so that appending costs a constant time on average.
     """
 
     is_compileable = False  # the host-side length changes with every token
@@ -185,7 +187,8 @@ class QuantizedLayer(CacheLayerMixin):
     def _next_capacity(self, needed: int) -> int:
         if self.max_cache_len is not None:
             return self.max_cache_len
-        grown = max(needed, self.capacity + self.capacity // 2) if self.length else needed
+        more = max(self.capacity // 2, _GROWTH)
+        grown = max(needed, self.capacity + more) if self.length else needed
         return -(-grown // _STEP) * _STEP
 
     def _allocate(self, batch: int, capacity: int, device: torch.device) -> None:
