@@ -12,6 +12,8 @@ graphs (`generate` after `generate`, mostly). Weights that moved drop all graphs
 Whatever is not a plain step runs eagerly: several queries, hooks on modules inside, embeddings as
 input, outputs other than logits, autocast, training, KV16 caches, several devices, the reference
 backend. `model.quarot_graph = False` makes everything run eagerly.
+
+Over 300 lines: what a graph relies on, and when it may not run, is meant to stand in one file.
 """
 
 from __future__ import annotations
@@ -190,7 +192,8 @@ class _Recorder:
     def step(
         self, eager: Forward, ids: Tensor, cache: Cache, kwargs: dict[str, Any]
     ) -> CausalLMOutputWithPast | None:
-        if not self.usable or not self._is_plain(ids, kwargs):
+        """Append a token by a graph, captured if need be; or return None: to be run eagerly."""
+        if not self.usable or not self._may_replay(ids, kwargs):
             return None
         layers, graph = cache.layers, self.last
         known = graph is not None and graph.is_of(layers)
@@ -220,7 +223,7 @@ class _Recorder:
         logits = graph.run(ids, mask, positions, layers, length)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
-    def _is_plain(self, ids: Tensor, kwargs: dict[str, Any]) -> bool:
+    def _may_replay(self, ids: Tensor, kwargs: dict[str, Any]) -> bool:
         settings = self.settings
         return (
             _is_plain(kwargs)
