@@ -40,10 +40,15 @@ def test_demo(device: str) -> None:
     print(f"\nwrote {write_results('model', device, list(forms.values()), **report)}")
 
 
+SECONDS = 80  # for a shape; a case that compiles may begin just before
+
+
 @pytest.mark.skipif("cuda" not in DEVICES, reason="needs CUDA")
 @pytest.mark.parametrize("shape", bench.SHAPES)
-def test_shape(shape: str) -> None:
-    command = [sys.executable, "-m", "quarot", "bench", "model", "--shape", shape, "--json"]
+@pytest.mark.parametrize("device", ["cuda"])
+def test_shape(device: str, shape: str) -> None:
+    command = [sys.executable, "-m", "quarot", "bench", "model", "--shape", shape]
+    command += ["--device", device, "--seconds", str(SECONDS), "--json"]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     report = json.loads(output)
     cases = report.pop("cases")
@@ -51,4 +56,4 @@ def test_shape(shape: str) -> None:
         print(f"\n{bench.line(case, cases[:index])}", end="")
     assert any(case["what"] == "decode" and "ms" in case for case in cases)
     del report["device"]  # "cuda"; the file names the chip
-    print(f"\nwrote {write_results(f'model-{shape}', 'cuda', cases, **report)}")
+    print(f"\nwrote {write_results(f'model-{shape}', device, cases, **report)}")

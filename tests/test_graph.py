@@ -23,7 +23,7 @@ from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 import quarot
 from helpers import NO_CUDA, tiny_model
-from quarot import bench, graph
+from quarot import graph, shapes
 from quarot.cache import Lengths, QuantizedLayer
 
 CUDA = torch.device("cuda")
@@ -457,9 +457,9 @@ def test_a_layer_is_at_most_eleven_kernels(monkeypatch: pytest.MonkeyPatch, repl
     """Of Llama-3-8B's sizes: the difference that a layer more makes."""
     counts = []
     for layers in (1, 3):
-        small = {**bench.SHAPES["llama-3-8b"], "num_hidden_layers": layers, "vocab_size": 1000}
-        monkeypatch.setitem(bench.SHAPES, "small", small)
-        model = bench.build("small", "W4A4KV4", CUDA)
+        small = {**shapes.SHAPES["llama-3-8b"], "num_hidden_layers": layers, "vocab_size": 1000}
+        monkeypatch.setitem(shapes.SHAPES, "small", small)
+        model = shapes.build("small", "W4A4KV4", CUDA)
         cache, ids = StaticCache(model.config, max_cache_len=300), prompt(1, 200)
         model(ids, past_key_values=cache)
         model.quarot_graph = replayed

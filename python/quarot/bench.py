@@ -1,8 +1,7 @@
-"""Time a whole model: prefill, a decode step, a token through `generate`; and its memory.
+"""Time a whole model: prefill, a decode step, a token through `generate`; and count its memory.
 
 `quarot bench model` measures in one run: the converted model, and transformers' own in bfloat16,
-eagerly and compiled with a static cache. Weights are random but for smollm2: time does not depend
-on what a model says. A step at a long context is timed on a cache filled with random codes (for
+eagerly and compiled with a static cache. A step at a long context is timed on a cache filled with random codes (for
 transformers: random keys and values), which takes no prefill.
 """
 
@@ -10,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import statistics
 import time
@@ -18,53 +18,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 from transformers.generation import CompileConfig
 
-from quarot import hf
 from quarot.cache import adopt
-from quarot.config import QuarotConfig
-from quarot.convert import convert
 from quarot.generate import generate
 from quarot.models import Geometry, describe
-from quarot.modules.canonical import linear_shapes, norm_shapes
 from quarot.modules.decoder_layer import DecoderLayer
-
-SMOLLM2 = "smollm2"
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3-8b": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "llama-2-7b": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-    },
-    "llama-3.2-1b": {
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-    },
-    SMOLLM2: {},  # real weights
-}
+from quarot.shapes import DTYPE, SHAPES, build
 
 PARTS = ("prefill", "decode", "generate", "memory")
 OURS, EAGER, COMPILED = "quarot", "hf eager", "hf compiled"
 
-DTYPE = torch.bfloat16
 PROMPT = 2048
 PREFILL_BATCHES = (1, 16)
 BATCHES, CONTEXTS = (1, 4, 16, 64), (2048, 8192, 32768)
@@ -82,6 +48,7 @@ SECONDS = 1  # a slow case has fewer groups
 SPARE = 6 << 30  # bytes of device memory left to what is not weights and cache
 
 Report = Callable[[dict[str, Any]], None]
+Measure = Callable[[], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +58,7 @@ class Plan:
     Args:
         shape: a key of SHAPES;  preset: of the converted model;  device: where.
         parts: of PARTS;  cases: (batch, context) of decode;  compiled: those to compile for.
+        seconds: after which no further case is begun; None = all are.
     """
 
     shape: str
@@ -100,31 +68,47 @@ class Plan:
     cases: tuple[tuple[int, int], ...] = tuple((b, c) for c in CONTEXTS for b in BATCHES)
     compiled: tuple[tuple[int, int], ...] = COMPILED_CASES
     prefill_batches: tuple[int, ...] = PREFILL_BATCHES
+    seconds: float | None = None
 
 
 def bench_model(plan: Plan, report: Report) -> None:
     """Measure a plan; `report` gets each result, or {"skipped": why}, as soon as it is there.
 
-    A result has form (OURS, EAGER, COMPILED), what, and batch, context, ms or bytes.
+    A result has form (OURS, EAGER, COMPILED), what, batch, context, and ms or bytes.
     """
+    start = time.perf_counter()
     for preset in (plan.preset, None):
         _free(plan.device)
         model = build(plan.shape, preset, plan.device)
-        form = EAGER if preset is None else OURS
-        if "memory" in plan.parts:
-            report(_memory(model, form))
-        if "prefill" in plan.parts:
-            _prefill(model, form, plan, report)
-        if "decode" in plan.parts:
-            for batch, context in plan.cases:
-                _decode(model, form, plan, batch, context, report)
-        if "generate" in plan.parts:
-            _generate(model, form, plan, report)
-        if preset is None and "decode" in plan.parts:
-            for batch, context in plan.compiled:
-                if (batch, context) in plan.cases:
-                    _decode(model, COMPILED, plan, batch, context, report)
-        del model
+        for case, measure in _cases(model, EAGER if preset is None else OURS, plan):
+            if plan.seconds is not None and time.perf_counter() - start > plan.seconds:
+                report({**case, "skipped": f"{plan.seconds:.0f} s are over"})
+            else:
+                report({**case, **measure()})
+        del model, measure
+
+
+def _cases(model: Any, form: str, plan: Plan) -> Iterator[tuple[dict[str, Any], Measure]]:
+    """Yield what to measure of a model and how, in the order of importance."""
+    if "memory" in plan.parts:
+        yield _case(form, "memory", 1, MEMORY_CONTEXT), functools.partial(_memory, model)
+    if "prefill" in plan.parts:
+        for batch in plan.prefill_batches:
+            measure = functools.partial(_prefill, model, batch)
+            yield _case(form, "prefill", batch, PROMPT), measure
+    if "generate" in plan.parts:
+        # transformers' own compiles for a static cache.
+        name = OURS if form == OURS else COMPILED
+        yield _case(name, "generate", 1, PROMPT), functools.partial(_generate, model)
+        if form == OURS:
+            measure = functools.partial(_generate, model, custom_generate=generate)
+            yield _case(name, "generate, own loop", 1, PROMPT), measure
+    if "decode" in plan.parts:
+        compiled = [case for case in plan.compiled if case in plan.cases and form != OURS]
+        steps = [(COMPILED, *case) for case in compiled] + [(form, *case) for case in plan.cases]
+        for name, batch, context in steps:
+            measure = functools.partial(_decode, model, name, batch, context)
+            yield _case(name, "decode", batch, context), measure
 
 
 def _case(form: str, what: str, batch: int, context: int) -> dict[str, Any]:
@@ -154,45 +138,40 @@ def line(case: dict[str, Any], before: Sequence[dict[str, Any]] = ()) -> str:
 # --- what is measured -----------------------------------------------------------------------------
 
 
-def _memory(model: Any, form: str) -> dict[str, Any]:
+def _memory(model: Any) -> dict[str, Any]:
     """Bytes of weights, and of the cache of one sequence as a static cache allocates it."""
     cache = _filled(model, 1, MEMORY_CONTEXT - ROOM)
     stored = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor)]
     return {
-        **_case(form, "memory", 1, MEMORY_CONTEXT),
         "weight_bytes": _bytes([*model.parameters(), *model.buffers()]),
         "kv_bytes": _bytes(stored),
     }
 
 
 @torch.no_grad()
-def _prefill(model: Any, form: str, plan: Plan, report: Report) -> None:
-    for batch in plan.prefill_batches:
-        ids = _random_ids(model, batch, PROMPT)
+def _prefill(model: Any, batch: int) -> dict[str, Any]:
+    ids = _random_ids(model, batch, PROMPT)
 
-        def run(ids: Tensor = ids) -> None:
-            model(ids, use_cache=True, logits_to_keep=1)
+    def run() -> None:
+        model(ids, use_cache=True, logits_to_keep=1)
 
-        with _peak(plan.device) as peak:
-            ms = _milliseconds(run, plan.device)
-        report({**_case(form, "prefill", batch, PROMPT), "ms": ms, "peak_bytes": peak[0]})
+    with _peak(model.device) as peak:
+        ms = _milliseconds(run, model.device)
+    return {"ms": ms, **peak}
 
 
 @torch.no_grad()
-def _decode(model: Any, form: str, plan: Plan, batch: int, context: int, report: Report) -> None:
-    case = _case(form, "decode", batch, context)
-    if reason := _too_large(model, plan.device, batch, context):
-        report({**case, "skipped": reason})
-        return
-    with _peak(plan.device) as peak:
-        cache = _filled(model, batch, context, static=form != EAGER)
+def _decode(model: Any, form: str, batch: int, context: int) -> dict[str, Any]:
+    device = model.device
+    if reason := _too_large(model, device, batch, context):
+        return {"skipped": reason}
+    mask = torch.ones(batch, context + 1, dtype=torch.int64, device=device)
+    with _peak(device) as peak:
         inputs = model.prepare_inputs_for_generation(
             _random_ids(model, batch, 1),
-            past_key_values=cache,
-            attention_mask=None
-            if form == OURS
-            else torch.ones(batch, context + 1, dtype=torch.int64, device=plan.device),
-            position_ids=torch.full((batch, 1), context, device=plan.device),
+            past_key_values=_filled(model, batch, context, static=form != EAGER),
+            attention_mask=None if form == OURS else mask,
+            position_ids=torch.full((batch, 1), context, device=device),
             use_cache=True,
             logits_to_keep=1,
         )
@@ -201,105 +180,29 @@ def _decode(model: Any, form: str, plan: Plan, batch: int, context: int, report:
             torch._dynamo.reset()
             vars(model).pop("_compiled_call", None)
             call = model.get_compiled_call(CompileConfig())
-            for _ in range(2):  # compile, then capture
-                call(**inputs, return_dict=True)
-        ms = _milliseconds(lambda: call(**inputs, return_dict=True), plan.device, STEPS)
-    report({**case, "ms": ms, "peak_bytes": peak[0]})
+        ms = _milliseconds(lambda: call(**inputs, return_dict=True), device, STEPS)
+    return {"ms": ms, **peak}
 
 
-def _generate(model: Any, form: str, plan: Plan, report: Report) -> None:
-    """Time a token through `generate` at batch 1: transformers' loop, and ours."""
+def _generate(model: Any, **options: Any) -> dict[str, Any]:
+    """Time a token through `generate` at batch 1."""
     ids = _random_ids(model, 1, PROMPT)
-    loops: dict[str, dict[str, Any]] = {"generate": {}}
-    if form == OURS:
-        loops["generate, own loop"] = {"custom_generate": generate}
-    for what, options in loops.items():
+    model.generation_config.eos_token_id = None  # all texts are of one length
 
-        def seconds(new: int, options: dict[str, Any] = options) -> float:
-            start = time.perf_counter()
-            out = model.generate(
-                ids,
-                max_new_tokens=new,
-                min_new_tokens=new,
-                do_sample=False,
-                cache_implementation="static",
-                **options,
-            )
-            assert out.shape[1] == ids.shape[1] + new
-            _synchronize(plan.device)
-            return time.perf_counter() - start
+    def seconds(new: int) -> float:
+        start = time.perf_counter()
+        static = {"cache_implementation": "static", **options}
+        out = model.generate(ids, max_new_tokens=new, do_sample=False, **static)
+        assert out.shape[1] == ids.shape[1] + new
+        _synchronize(model.device)
+        return time.perf_counter() - start
 
-        seconds(MANY)  # compiles where transformers does; the cache is of the longest text
-        times = [(seconds(MANY) - seconds(FEW)) / (MANY - FEW) * 1e3 for _ in range(2)]
-        name = COMPILED if form == EAGER else form  # generate compiles for a static cache
-        report({**_case(name, what, 1, PROMPT), "ms": min(times)})
+    seconds(MANY)  # compiles where transformers does; the cache is of the longest text
+    times = [(seconds(MANY) - seconds(FEW)) / (MANY - FEW) * 1e3 for _ in range(2)]
+    return {"ms": min(times)}
 
 
-# --- models and caches ----------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def build(shape: str, preset: str | None, device: torch.device) -> Any:
-    """Build a causal LM of a shape: converted to `preset`, or transformers' own for None.
-
-    Random int4 weights are drawn as codes, so that a layer needs no more memory than it keeps.
-    """
-    if shape == SMOLLM2:
-        model = hf.load_model(SMOLLM2, dtype=DTYPE, device=device)[0]
-        return model if preset is None else convert(model, preset, progress=False)
-    with torch.device("meta"):
-        # Llama 3.1's length, whatever the shape: for positions in rotary's frequencies only.
-        config = LlamaConfig(
-            **SHAPES[shape], max_position_embeddings=131072, tie_word_embeddings=False
-        )
-        model = LlamaForCausalLM(config).to(DTYPE).eval().requires_grad_(False)
-    arch = describe(config)
-    layers, rotary = model.get_submodule(arch.layers), model.get_submodule(arch.rotary)
-    for name, frequencies in type(rotary)(config).named_buffers():
-        setattr(rotary, name, frequencies.to(device))
-    for path in (arch.embedding, arch.final_norm, arch.head):
-        _materialise(model.get_submodule(path), device)
-    if preset is None:
-        _materialise(layers, device)
-        return model
-    own = QuarotConfig.from_preset(preset)
-    for index, old in enumerate(layers):
-        layers[index] = _random_layer(old, model.config, own, index, device)
-    return hf.adopt(model, own)
-
-
-def _materialise(module: torch.nn.Module, device: torch.device) -> None:
-    """Give a module on the meta device memory, and values that keep activations near one."""
-    module.to_empty(device=device)
-    for parameter in module.parameters():
-        if parameter.ndim == 1:
-            parameter.fill_(1)
-        else:
-            parameter.normal_(std=parameter.shape[-1] ** -0.5)
-
-
-def _random_layer(
-    old: Any, config: Any, own: QuarotConfig, index: int, device: torch.device
-) -> Any:
-    arch = describe(config)
-    geometry = arch.geometry(config)
-    layer = hf.new_layer(old, arch, geometry, own, index, DTYPE, "meta", "kernel")
-    state: dict[str, Tensor] = {}
-    for path, (rows, columns) in linear_shapes(arch, geometry).items():
-        size = columns**-0.5
-        if own.w_bits == 16:
-            state[f"{path}.weight"] = size * torch.randn(rows, columns, dtype=DTYPE, device=device)
-            continue
-        packed = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device=device)
-        groups = columns // own.w_group if own.w_group else 1
-        deviation = 4.6  # of uniform int4 codes
-        state[f"{path}.weight_packed"] = packed
-        state[f"{path}.weight_scale"] = torch.full((rows, groups), size / deviation, device=device)
-    for path, entries in norm_shapes(arch, geometry).items():
-        state[f"{path}.weight"] = torch.ones(entries, dtype=DTYPE, device=device)
-    layer.load_state_dict(state, assign=True)
-    layer.fuse()
-    return layer
+# --- caches ----------------------------------------------------------------------------
 
 
 def _filled(model: Any, batch: int, context: int, *, static: bool = True) -> Cache:
@@ -379,13 +282,14 @@ def _synchronize(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def _peak(device: torch.device) -> Iterator[list[int | None]]:
-    """Yield a list that gets the most memory allocated meanwhile, in bytes; None on a CPU."""
-    peak: list[int | None] = []
+def _peak(device: torch.device) -> Iterator[dict[str, int]]:
+    """Yield a dictionary that gets peak_bytes, the most memory allocated meanwhile, on a GPU."""
+    peak: dict[str, int] = {}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     yield peak
-    peak.append(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None)
+    if device.type == "cuda":
+        peak["peak_bytes"] = torch.cuda.max_memory_allocated(device)
 
 
 def _free(device: torch.device) -> None:

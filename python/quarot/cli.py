@@ -451,6 +451,9 @@ def bench_model(
     quick: Annotated[
         bool, typer.Option("--quick", help="Three decode cases, compiled for none.")
     ] = False,
+    seconds: Annotated[
+        float | None, typer.Option(min=1, help="After that no further case is begun.")
+    ] = None,
     device: Device = "cuda",
     as_json: Json = False,
 ) -> None:
@@ -458,6 +461,7 @@ def bench_model(
     if preset == NO_PRESET:
         raise typer.BadParameter("--preset: got none, which is measured in any case")
     plan = bench.Plan(shape, preset, torch.device(device or "cpu"), tuple(parts.split(",")))
+    plan = dataclasses.replace(plan, seconds=seconds)
     if quick:
         plan = dataclasses.replace(plan, cases=bench.QUICK_CASES, compiled=())
     cases: list[dict[str, Any]] = []
