@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from common import DEVICES, write_results
-from quarot import bench
+from quarot import bench, shapes
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -44,7 +44,7 @@ SECONDS = 80  # for a shape; a case that compiles may begin just before
 
 
 @pytest.mark.skipif("cuda" not in DEVICES, reason="needs CUDA")
-@pytest.mark.parametrize("shape", bench.SHAPES)
+@pytest.mark.parametrize("shape", shapes.SHAPES)
 @pytest.mark.parametrize("device", ["cuda"])
 def test_shape(device: str, shape: str) -> None:
     command = [sys.executable, "-m", "quarot", "bench", "model", "--shape", shape]

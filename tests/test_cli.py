@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import quarot
 from helpers import tiny_model
-from quarot import bench, cli, data, eval
+from quarot import bench, cli, data, eval, shapes
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -123,7 +123,7 @@ def small_bench(monkeypatch: pytest.MonkeyPatch) -> None:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    monkeypatch.setitem(bench.SHAPES, "llama-3-8b", sizes)
+    monkeypatch.setitem(shapes.SHAPES, "llama-3-8b", sizes)
     for name, value in {
         "PROMPT": 32,
         "MEMORY_CONTEXT": 300,

@@ -1,8 +1,8 @@
 """Time a whole model: prefill, a decode step, a token through `generate`; and count its memory.
 
 `quarot bench model` measures in one run: the converted model, and transformers' own in bfloat16,
-eagerly and compiled with a static cache. A step at a long context is timed on a cache filled with random codes (for
-transformers: random keys and values), which takes no prefill.
+eagerly and compiled with a static cache. A step at a long context is timed on a cache filled with
+random codes (for transformers: random keys and values), which takes no prefill.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from quarot.cache import adopt
 from quarot.generate import generate
 from quarot.models import Geometry, describe
 from quarot.modules.decoder_layer import DecoderLayer
-from quarot.shapes import DTYPE, SHAPES, build
+from quarot.shapes import DTYPE, build
 
 PARTS = ("prefill", "decode", "generate", "memory")
 OURS, EAGER, COMPILED = "quarot", "hf eager", "hf compiled"

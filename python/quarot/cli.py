@@ -34,7 +34,7 @@ from rich.table import Table
 from torch import Tensor
 
 import quarot
-from quarot import _C, bench, data, eval, ops
+from quarot import _C, bench, data, eval, ops, shapes
 from quarot.config import QuarotConfig
 from quarot.convert import convert as convert_model
 from quarot.hf import load_model, weight_bytes
@@ -437,8 +437,8 @@ def bench_model(
     shape: Annotated[
         str,
         typer.Option(
-            help=f"{', '.join(bench.SHAPES)}: random weights, but for smollm2.",
-            callback=_choice("shape", tuple(bench.SHAPES)),
+            help=f"{', '.join(shapes.SHAPES)}: random weights, but for smollm2.",
+            callback=_choice("shape", tuple(shapes.SHAPES)),
         ),
     ] = "llama-3-8b",
     preset: Annotated[str, typer.Option(help="Of the converted model.", callback=_preset)] = (
