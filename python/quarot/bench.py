@@ -67,7 +67,6 @@ class Plan:
     parts: tuple[str, ...] = PARTS
     cases: tuple[tuple[int, int], ...] = tuple((b, c) for c in CONTEXTS for b in BATCHES)
     compiled: tuple[tuple[int, int], ...] = COMPILED_CASES
-    prefill_batches: tuple[int, ...] = PREFILL_BATCHES
     seconds: float | None = None
 
 
@@ -93,7 +92,7 @@ def _cases(model: Any, form: str, plan: Plan) -> Iterator[tuple[dict[str, Any], 
     if "memory" in plan.parts:
         yield _case(form, "memory", 1, MEMORY_CONTEXT), functools.partial(_memory, model)
     if "prefill" in plan.parts:
-        for batch in plan.prefill_batches:
+        for batch in PREFILL_BATCHES:
             measure = functools.partial(_prefill, model, batch)
             yield _case(form, "prefill", batch, PROMPT), measure
     if "generate" in plan.parts:
@@ -123,16 +122,16 @@ def line(case: dict[str, Any], before: Sequence[dict[str, Any]] = ()) -> str:
     if "ms" not in case:
         weights, cache = case["weight_bytes"] / 1e9, case["kv_bytes"] / 1e9
         return f"{where}weights {weights:.3f} GB, KV {cache:.3f} GB"
-    ours = [
-        other
-        for other in before
-        if other["form"] == OURS != case["form"]
-        and (other["batch"], other["context"]) == (case["batch"], case["context"])
-        and other["what"].startswith(case["what"])
-        and "ms" in other
-    ]
-    ratios = (f" | {case['ms'] / other['ms']:5.2f} x {OURS}'s {other['what']}" for other in ours)
-    return f"{where}{case['ms']:9.3f} ms{''.join(ratios)}"
+    text = f"{where}{case['ms']:9.3f} ms"
+    for other in before:
+        same = all(other[key] == case[key] for key in ("batch", "context")) and "ms" in other
+        if (
+            same
+            and other["form"] == OURS != case["form"]
+            and other["what"].startswith(case["what"])
+        ):
+            text += f" | {case['ms'] / other['ms']:5.2f} x {OURS}'s {other['what']}"
+    return text
 
 
 # --- what is measured -----------------------------------------------------------------------------
