@@ -1,4 +1,5 @@
-"""Draw results/<device>/hadamard.json: GB/s against n, of ops.hadamard, its peer and a copy.
+"""Draw results/<device>/*.json: hadamard.json, GB/s against n, of ops.hadamard, its peer, a copy;
+model-*.json, the time of a token against the context, the speed-up of prefill, and memory.
 
 Reads the committed results and nothing else, so that the README's figures can be redrawn anywhere.
 Needs matplotlib (pip install 'quarot[bench]').
@@ -30,12 +31,31 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", type=Path, help="default: all of results/")
     parser.add_argument("--format", choices=["svg", "png"], default="svg")
     arguments = parser.parse_args()
-    sources = [f / "hadamard.json" for f in arguments.folders] or RESULTS.glob("*/hadamard.json")
-    for source in sorted(sources):
-        report = json.loads(source.read_text("utf-8"))
-        target = source.with_suffix(f".{arguments.format}")
-        draw(report, target)
-        print(f"wrote {target}")
+    for folder in sorted(arguments.folders or RESULTS.iterdir()):
+        for pattern, draw in (("hadamard.json", draw_hadamard), ("model-*.json", draw_model)):
+            for source in sorted(folder.glob(pattern)):
+                target = source.with_suffix(f".{arguments.format}")
+                draw(json.loads(source.read_text("utf-8")), target)
+                print(f"wrote {target}")
+
+
+def new_figure(columns: int) -> tuple[Any, Any]:
+    """Return a figure and its axes, one or a row of `columns`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "quarot"  # the same picture from the same numbers
+    from matplotlib import pyplot
+
+    width = 8 if columns == 1 else 4.5 * columns
+    return pyplot.subplots(ncols=columns, figsize=(width, 4), layout="constrained")
+
+
+def save(figure: Any, target: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.savefig(target, dpi=150, metadata={"Date": None} if target.suffix == ".svg" else None)
+    pyplot.close(figure)
 
 
 def points(cases: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
@@ -49,19 +69,13 @@ def points(cases: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
     return sorted(found)
 
 
-def draw(report: dict[str, Any], target: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "quarot"  # the same picture from the same numbers
-    from matplotlib import pyplot
-
+def draw_hadamard(report: dict[str, Any], target: Path) -> None:
     cases = [
         case
         for case in report["cases"]
         if not case["sizes"]["few"] and case["shape"].endswith(DTYPE)
     ]
-    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    figure, axes = new_figure(1)
     for name, (_, colour, marker) in CURVES.items():
         if curve := points(cases, name):
             axes.plot(*zip(*curve, strict=True), marker=marker, color=colour, label=name)
@@ -74,8 +88,76 @@ def draw(report: dict[str, Any], target: Path) -> None:
     axes.set_title(f"Hadamard transform, {DTYPE}, {report['device']}, {report['date']}")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(target, dpi=150, metadata={"Date": None} if target.suffix == ".svg" else None)
-    pyplot.close(figure)
+    save(figure, target)
+
+
+OURS, EAGER, COMPILED = "quarot", "hf eager", "hf compiled"
+FORMS = {OURS: ("C0", "o-"), COMPILED: ("C1", "s--"), EAGER: ("C2", "^:")}
+
+
+def of(report: dict[str, Any], what: str, form: str) -> dict[tuple[int, int], dict[str, Any]]:
+    """Return (batch, context) -> the cases of a kind that were measured."""
+    return {
+        (case["batch"], case["context"]): case
+        for case in report["cases"]
+        if (case["what"], case["form"]) == (what, form) and "skipped" not in case
+    }
+
+
+def draw_model(report: dict[str, Any], target: Path) -> None:
+    figure, (decode, prefill, memory) = new_figure(3)
+    steps = {form: of(report, "decode", form) for form in FORMS}
+    contexts = sorted({context for cases in steps.values() for _, context in cases})
+    for form, (colour, style) in FORMS.items():
+        for batch, alpha in ((1, 1.0), (16, 0.5)):
+            curve = [
+                (context, case["ms"])
+                for (rows, context), case in sorted(steps[form].items())
+                if rows == batch
+            ]
+            if curve:
+                label = f"{form}, batch {batch}"
+                decode.plot(
+                    *zip(*curve, strict=True), style, color=colour, alpha=alpha, label=label
+                )
+    decode.set_xscale("log", base=2)
+    decode.set_yscale("log")
+    decode.set_xticks(contexts, [f"{context // 1024}k" for context in contexts])
+    decode.set_xlabel("context, tokens")
+    decode.set_ylabel("ms a decode step")
+    decode.margins(y=0.35)  # room for the legend
+    decode.legend(frameon=False, fontsize="small", ncols=2, loc="upper center")
+
+    ours, peer = of(report, "prefill", OURS), of(report, "prefill", EAGER)
+    both = sorted(ours.keys() & peer.keys())
+    bars = prefill.bar(
+        [f"{batch} x {context}" for batch, context in both],
+        [peer[case]["ms"] / ours[case]["ms"] for case in both],
+        color="C0",
+        width=0.5,
+    )
+    prefill.bar_label(bars, fmt="%.2f×")
+    prefill.axhline(1, color="0.6")
+    prefill.set_ylabel(f"prefill, times as fast as {EAGER}")
+
+    forms = {"quarot": OURS, "bfloat16": EAGER}
+    (held,) = zip(*(of(report, "memory", form).values() for form in forms.values()), strict=True)
+    weights = [case["weight_bytes"] / 1e9 for case in held]
+    cache = [case["kv_bytes"] / 1e9 for case in held]
+    memory.bar([*forms], weights, color="C0", width=0.5, label="weights")
+    bars = memory.bar(
+        [*forms], cache, bottom=weights, color="C1", width=0.5,
+        label=f"KV cache of {held[0]['context']} tokens",
+    )  # fmt: skip
+    memory.bar_label(bars, [f"{a + b:.2f}" for a, b in zip(weights, cache, strict=True)])
+    memory.set_ylabel("GB")
+    memory.legend(frameon=False, fontsize="small")
+
+    title = f"{report['shape']}, {report['preset']}, {report['device']}, {report['date']}"
+    figure.suptitle(title)
+    for axes in (decode, prefill, memory):
+        axes.grid(alpha=0.3, axis="y")
+    save(figure, target)
 
 
 if __name__ == "__main__":

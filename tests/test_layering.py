@@ -27,17 +27,21 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "rotate": ("config", "hadamard", "models.base"),
     "calibrate": ("data", "modules", "models.base"),
     "learn": ("rotate", "quantize", "modules", "models.base", "data", "config"),
-    "hf": ("config", "models", "modules", "cache", "ops"),
+    "generate": ("cache",),
+    "graph": ("models", "modules", "cache", "generate"),
+    "hf": ("config", "models", "modules", "cache", "ops", "graph"),
     "convert": (
         "config", "hadamard", "data", "ops", "quantize", "models", "modules", "cache", "rotate",
         "calibrate", "learn", "hf",
     ),
+    "shapes": ("config", "models", "modules", "hf", "convert"),
+    "bench": ("models", "modules", "cache", "generate", "shapes"),
     "eval": ("data",),
     "cli": ("",),
     "__main__": ("cli",),
     "__init__": (
         "config", "hadamard", "data", "ops", "quantize", "models", "modules", "cache", "rotate",
-        "calibrate", "learn", "hf", "convert", "eval", "_C",
+        "calibrate", "learn", "generate", "hf", "convert", "eval", "_C",
     ),
 }  # fmt: skip
 

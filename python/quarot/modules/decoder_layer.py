@@ -240,7 +240,7 @@ class DecoderLayer(nn.Module):
             cache = QuantizedLayer(self.cache_spec, max_cache_len=tokens)
         else:
             cache = adopt(past_key_values, self.index, self.cache_spec)
-        cache.reserve(batch, tokens, q.device)
+        start, lengths = cache.reserve(batch, tokens, q.device)
         ops = backend_ops(self.backend)
         bits = self.config.kv_bits
         q = ops.rope_hadamard_kv_append(
@@ -250,7 +250,7 @@ class DecoderLayer(nn.Module):
             cos,
             sin,
             *cache.buffers,
-            cache.lengths,
+            start,
             bits=bits,
             size=self.r3_size,
             k_clip=self.config.clip("k", self.index),
@@ -265,11 +265,11 @@ class DecoderLayer(nn.Module):
         return ops.attention(
             q,
             *cache.buffers,
-            cache.lengths,
+            lengths,
             mask,
             bits=bits,
             scale=scale,
-            length=cache.length,
+            length=cache.known_length,
         )
 
     def _norm(self, name: str) -> Tensor:
