@@ -56,12 +56,14 @@ struct FloatRange {
   float high = 0.0f, low = 0.0f;  // kSymmetric: max |v|, 0; else max(v, 0), max(-v, 0)
 
   template <bool kSymmetric>
+  __device__ __forceinline__ void add(float v) {
+    high = max_nan(high, kSymmetric ? fabsf(v) : v);
+    if constexpr (!kSymmetric) low = max_nan(low, -v);
+  }
+  template <bool kSymmetric>
   __device__ __forceinline__ void add(const float (&v)[kChunk]) {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      high = max_nan(high, kSymmetric ? fabsf(v[i]) : v[i]);
-      if constexpr (!kSymmetric) low = max_nan(low, -v[i]);
-    }
+    for (int i = 0; i < kChunk; ++i) add<kSymmetric>(v[i]);
   }
   // As range_of in int4.cuh: -0 would be the smallest integer, NaN has no sign.
   __device__ __forceinline__ Range range(bool) const {
@@ -402,7 +404,7 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
 #pragma unroll
       for (int j = 0; j < kChunk; ++j) v[j] = __fmul_rn(v[j], rest);
     }
-    store_chunk_codes<Reader::kRounding>(codes, chunk, v, grid);
+    store_run_codes<Reader::kRounding>(codes, chunk, v, grid);
   };
   const auto grid_of = [&](const Range& range, int64_t group, bool writes) {
     const Grid grid = make_grid(range, rest, out.clip, out.bits, symmetric);
