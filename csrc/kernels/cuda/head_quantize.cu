@@ -46,7 +46,8 @@ constexpr int kMaxWarps = 8;
 template <DType kType, int kCount>
 struct HeadShape {
   static constexpr DType kDtype = kType;
-  static constexpr int kTiles = kCount;                                        // of H, each way
+  static constexpr int kTiles = kCount;  // of H, each way
+  static constexpr int kSureHeads = kTiles <= 4 ? (kTiles - 1) * kTile : (kTiles - 2) * kTile;
   static constexpr int kColumns = kDtype == DType::f32 || kTiles > 2 ? 4 : 8;  // that a lane loads
   static constexpr int kWords = kColumns * bytes_of(kDtype) / 4;
   static constexpr int kRun = 2 * kColumns;  // columns that a lane quantizes
@@ -67,7 +68,7 @@ struct HeadPlan {
   int groups;     // of a row
   FastDiv group;  // columns
   FastDiv size;   // of the transform, in heads
-  int order, power;
+  int order, log_power;
   const int8_t* factor;
   float scale;
 };
@@ -81,29 +82,32 @@ struct RangeSlot {
 /// Element (to, from) of H^T as bits of kOperand, 0 beyond the heads and outside the blocks.
 template <DType kOperand>
 __device__ __forceinline__ uint32_t sign_of(const HeadPlan& p, int to, int from) {
-  const int block = p.size(to);
-  if (to >= p.heads || from >= p.heads || block != p.size(from)) return 0;
-  to -= block * p.size.divisor();
-  from -= block * p.size.divisor();
-  bool negative = (__popc(to & from & (p.power - 1)) & 1) != 0;
-  if (p.order > 1) {
-    const int shift = __popc(p.power - 1);
-    negative ^= p.factor[(from >> shift) * p.order + (to >> shift)] < 0;
+  if (to >= p.heads || from >= p.heads) return 0;
+  if (p.size.divisor() < p.heads) {
+    const int block = p.size(to);
+    if (block != p.size(from)) return 0;
+    to -= block * p.size.divisor();
+    from -= block * p.size.divisor();
   }
-  return sign_bits<kOperand>(negative ? -1 : 1);
+  int negative = __popc(to & from & ((1 << p.log_power) - 1)) & 1;
+  if (p.order > 1) {
+    negative ^= p.factor[(from >> p.log_power) * p.order + (to >> p.log_power)] < 0;
+  }
+  return sign_bits<kOperand>(1) | static_cast<uint32_t>(negative) << 15;
 }
 
 /// Fragment words of the signs: tile (m, k) at [(m * kTiles + k) * kWarp + lane].
 template <class Shape>
-__device__ __forceinline__ void make_signs(const HeadPlan& p, uint4* signs) {
-  for (int i = threadIdx.x; i < Shape::kTiles * Shape::kTiles * kWarp; i += blockDim.x) {
-    const int tile = i / kWarp, g = i % kWarp / 4, t = i % 4;
+__device__ __forceinline__ void make_signs(const HeadPlan& p, uint4* signs, int g, int t) {
+  const int first = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  for (int tile = first; tile < Shape::kTiles * Shape::kTiles; tile += warps) {
     const int to = tile / Shape::kTiles * kTile + g, from = tile % Shape::kTiles * kTile + 2 * t;
     const auto pair = [&](int row, int column) {
       return sign_of<Shape::kOperand>(p, row, column) | sign_of<Shape::kOperand>(p, row, column + 1)
                                                             << 16;
     };
-    signs[i] = {pair(to, from), pair(to + 8, from), pair(to, from + 8), pair(to + 8, from + 8)};
+    signs[tile * kWarp + threadIdx.x % kWarp] = {pair(to, from), pair(to + 8, from),
+                                                 pair(to, from + 8), pair(to + 8, from + 8)};
   }
 }
 
@@ -144,12 +148,14 @@ __device__ __forceinline__ uint32_t operand(const uint32_t (&low)[Shape::kWords]
 
 // ---- Kernel -------------------------------------------------------------------------------------
 
-template <class Shape>
+/// kGrouped: a scale a group, not a row.
+template <class Shape, bool kGrouped>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, Shape::kBlocks)
     head_kernel(const __grid_constant__ HeadPlan p, const __grid_constant__ QuantizedRows out) {
   constexpr int kTiles = Shape::kTiles, kColumns = Shape::kColumns, kRun = Shape::kRun;
   auto* signs = reinterpret_cast<uint4*>(dynamic_shared());
-  auto* slots = reinterpret_cast<RangeSlot*>(signs + kTiles * kTiles * kWarp);  // [3][groups]
+  // [3][groups], or [2][warps]
+  auto* slots = reinterpret_cast<RangeSlot*>(signs + kTiles * kTiles * kWarp);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
   const int loaded = warp * Shape::kWarpColumns + g * kColumns;
   const int column = warp * Shape::kWarpColumns + t * kRun;
@@ -158,30 +164,36 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, Shape::kBlocks)
   start_next_grid();
 
   uint32_t raw[kTiles][4][Shape::kWords] = {};
-  const int head_bytes = p.head_dim * bytes_of(Shape::kDtype);
+  const int64_t head_bytes = int64_t{p.head_dim} * bytes_of(Shape::kDtype);
+  const char* const lane_x = p.x + 2 * t * head_bytes + loaded * bytes_of(Shape::kDtype);
   const auto load = [&](int64_t row) {
     if (loaded >= p.head_dim) return;
-    const char* from = p.x + row * p.row_bytes + loaded * bytes_of(Shape::kDtype);
+    const char* from = lane_x + row * p.row_bytes;
 #pragma unroll
     for (int k = 0; k < kTiles; ++k) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const int head = k * kTile + 2 * t + r % 2 + r / 2 * 8;
-        if (head < p.heads) load_words(raw[k][r], from + int64_t{head} * head_bytes);
+        const int head = k * kTile + r % 2 + r / 2 * 8;  // and 2 t
+        if ((k + 1) * kTile <= Shape::kSureHeads || head + 2 * t < p.heads) {
+          load_words(raw[k][r], from + head * head_bytes);
+        }
       }
     }
   };
   int64_t row = blockIdx.x;
   load(row);
-  make_signs<Shape>(p, signs);
-  for (int i = threadIdx.x; i < 3 * p.groups; i += blockDim.x) slots[i] = {0, 0};
+  make_signs<Shape>(p, signs, g, t);
+  if constexpr (kGrouped) {
+    for (int i = threadIdx.x; i < 3 * p.groups; i += blockDim.x) slots[i] = {0, 0};
+  }
   __syncthreads();
 
-  // Three rows' slots in turn: while this row's are read, the next one's fill, and a barrier later
-  // the one's after that are cleared.
-  for (int turn = 0; row < p.rows; row += gridDim.x, turn = turn == 2 ? 0 : turn + 1) {
-    RangeSlot* own = slots + turn * p.groups;
-    RangeSlot* next = slots + (turn == 2 ? 0 : turn + 1) * p.groups;
+  // Groups: three rows' slots in turn; while this row's are read, the next one's fill, and a
+  // barrier later the one's after that are cleared. Rows: two in turn, written anew.
+  const int slots_of_row = kGrouped ? p.groups : static_cast<int>(blockDim.x) / kWarp;
+  constexpr int kLastTurn = kGrouped ? 2 : 1;
+  for (int turn = 0; row < p.rows; row += gridDim.x, turn = turn == kLastTurn ? 0 : turn + 1) {
+    RangeSlot* own = slots + turn * slots_of_row;
 
     float sums[kTiles][kColumns][4] = {};
 #pragma unroll
@@ -220,33 +232,33 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, Shape::kBlocks)
       }
     };
     const auto active = [&](int head) { return head < p.heads && column < p.head_dim; };
-    const auto collect = [&](int group, const Range& range) {
-      atomicMax(&own[group].high, range.high);
-      if (!symmetric) atomicMax(&own[group].low, range.low);
-    };
-    for (int i = threadIdx.x; i < p.groups; i += blockDim.x) next[i] = {0, 0};
+    if constexpr (kGrouped) {
+      RangeSlot* next = slots + (turn == kLastTurn ? 0 : turn + 1) * slots_of_row;
+      for (int i = threadIdx.x; i < p.groups; i += blockDim.x) next[i] = {0, 0};
+    }
     const auto find_ranges = [&](auto is_symmetric) {
       FloatRange all;
       each_run([&](const float (&v)[kRun], int head) {
         FloatRange one;
-        FloatRange& seen = p.groups == 1 ? all : one;
+        FloatRange& seen = kGrouped ? one : all;
 #pragma unroll
         for (int j = 0; j < kRun; ++j) seen.template add<is_symmetric.value>(v[j]);
-        if (p.groups > 1 && active(head)) {
-          collect(p.group(head * p.head_dim + column), one.range(symmetric));
-        }
+        if (!kGrouped || !active(head)) return;
+        const Range range = one.range(symmetric);
+        RangeSlot& slot = own[p.group(head * p.head_dim + column)];
+        atomicMax(&slot.high, range.high);
+        if (!is_symmetric.value) atomicMax(&slot.low, range.low);
       });
-      if (p.groups > 1) return;
+      if (kGrouped) return;
       Range range = all.range(symmetric);
       range.high = warp_max(range.high);
       if (!is_symmetric.value) range.low = warp_max(range.low);
-      if (lane == 0) collect(0, range);
+      if (lane == 0) own[warp] = {range.high, range.low};
     };
     symmetric ? find_ranges(std::true_type{}) : find_ranges(std::false_type{});
     __syncthreads();
 
-    const auto grid_of = [&](int group, bool writes) {
-      Range range{own[group].high, own[group].low};
+    const auto grid_of = [&](Range range, int group, bool writes) {
       if (p.scale < 0.0f && !symmetric) range = {range.low, range.high};
       Grid grid = make_grid(range, fabsf(p.scale), out.clip, out.bits, symmetric);
       if (writes) {
@@ -257,14 +269,18 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, Shape::kBlocks)
       return grid;
     };
     Grid grid{};
-    if (p.groups == 1) grid = grid_of(0, threadIdx.x == 0);
+    if constexpr (!kGrouped) {
+      Range range{own[0].high, own[0].low};
+      for (int i = 1; i < slots_of_row; ++i) range = merge(range, {own[i].high, own[i].low});
+      grid = grid_of(range, 0, threadIdx.x == 0);
+    }
     const int64_t first = row * p.heads * p.head_dim;
     each_run([&](const float (&v)[kRun], int head) {
       if (!active(head)) return;
       const int at = head * p.head_dim + column;
-      if (p.groups > 1) {
+      if constexpr (kGrouped) {
         const int group = p.group(at);
-        grid = grid_of(group, at == group * p.group.divisor());
+        grid = grid_of({own[group].high, own[group].low}, group, at == group * p.group.divisor());
       }
       store_run_codes<Rounding::fused>(out, (first + at) / kRun, v, grid);
     });
@@ -281,10 +297,12 @@ bool launch_heads(const HeadPlan& p, const QuantizedRows& out, Stream stream) {
   if (warps > kMaxWarps || !whole) return false;
   const int64_t blocks =
       int64_t{device_limits().processors} * std::max(1, Shape::kBlocks * kMaxWarps / warps);
+  const bool grouped = p.groups > 1;
+  const int slots = grouped ? 3 * p.groups : 2 * warps;
   const int shared = Shape::kTiles * Shape::kTiles * kWarp * static_cast<int>(sizeof(uint4)) +
-                     3 * p.groups * static_cast<int>(sizeof(RangeSlot));
-  launch_early(&head_kernel<Shape>, std::min(p.rows, blocks), warps * kWarp, shared, stream, p,
-               out);
+                     slots * static_cast<int>(sizeof(RangeSlot));
+  launch_early(grouped ? &head_kernel<Shape, true> : &head_kernel<Shape, false>,
+               std::min(p.rows, blocks), warps * kWarp, shared, stream, p, out);
   return true;
 }
 
@@ -297,6 +315,8 @@ bool launch_heads(const HeadHadamardQuantizeArgs& args, Stream stream) {
   const int64_t heads = x.n / args.head_dim;
   // The zeros outside the blocks of H would spread a value that is not finite over other groups.
   if (heads > kMaxTiles * kTile || (h.size != heads && out.group != x.n)) return false;
+  int log_power = 0;
+  while (h.factor_order << log_power < h.size) ++log_power;
   const HeadPlan p{static_cast<const char*>(x.data),
                    x.row_stride * bytes_of(kDtype),
                    x.rows,
@@ -306,7 +326,7 @@ bool launch_heads(const HeadHadamardQuantizeArgs& args, Stream stream) {
                    FastDiv(static_cast<int>(out.group)),
                    FastDiv(static_cast<int>(h.size)),
                    static_cast<int>(h.factor_order),
-                   static_cast<int>(h.size / h.factor_order),
+                   log_power,
                    h.factor,
                    h.scale};
   switch (ceil_div(heads, kTile)) {

@@ -172,7 +172,7 @@ struct RmsnormSource : RowSource<kDtype> {
   float eps;
 
   __device__ __forceinline__ float inverse_norm(float squares, int n) const {
-    return __frsqrt_rn(__fmaf_rn(squares, __frcp_rn(static_cast<float>(n)), eps));
+    return __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(squares, static_cast<float>(n)) + eps));
   }
 
   // For any_transform.cuh, which calls common with all threads of a block.
