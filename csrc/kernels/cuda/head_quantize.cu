@@ -65,9 +65,9 @@ struct HeadPlan {
   int64_t row_bytes;  // from row to row
   int64_t rows;
   int heads, head_dim;
-  int groups;     // of a row
-  FastDiv group;  // columns
-  FastDiv size;   // of the transform, in heads
+  int groups;          // of a row
+  FastDiv group_runs;  // runs of a group
+  FastDiv size;        // of the transform, in heads
   int order, log_power;
   const int8_t* factor;
   float scale;
@@ -154,8 +154,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, Shape::kBlocks)
     head_kernel(const __grid_constant__ HeadPlan p, const __grid_constant__ QuantizedRows out) {
   constexpr int kTiles = Shape::kTiles, kColumns = Shape::kColumns, kRun = Shape::kRun;
   auto* signs = reinterpret_cast<uint4*>(dynamic_shared());
-  // [3][groups], or [2][warps]
+  // Ranges of groups, then their grids; or two rows' ranges of warps.
   auto* slots = reinterpret_cast<RangeSlot*>(signs + kTiles * kTiles * kWarp);
+  auto* grids = reinterpret_cast<Grid*>(slots + p.groups + p.groups % 2);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
   const int loaded = warp * Shape::kWarpColumns + g * kColumns;
   const int column = warp * Shape::kWarpColumns + t * kRun;
@@ -184,16 +185,16 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, Shape::kBlocks)
   load(row);
   make_signs<Shape>(p, signs, g, t);
   if constexpr (kGrouped) {
-    for (int i = threadIdx.x; i < 3 * p.groups; i += blockDim.x) slots[i] = {0, 0};
+    for (int i = threadIdx.x; i < p.groups; i += blockDim.x) slots[i] = {0, 0};
   }
   __syncthreads();
 
-  // Groups: three rows' slots in turn; while this row's are read, the next one's fill, and a
-  // barrier later the one's after that are cleared. Rows: two in turn, written anew.
-  const int slots_of_row = kGrouped ? p.groups : static_cast<int>(blockDim.x) / kWarp;
-  constexpr int kLastTurn = kGrouped ? 2 : 1;
-  for (int turn = 0; row < p.rows; row += gridDim.x, turn = turn == kLastTurn ? 0 : turn + 1) {
-    RangeSlot* own = slots + turn * slots_of_row;
+  const int warps = blockDim.x / kWarp;
+  const bool has_columns = column < p.head_dim;
+  const int lane_run = (g * p.head_dim + column) / kRun, run_stride = 8 * p.head_dim / kRun;
+  RangeSlot* own = slots;
+  for (bool odd = false; row < p.rows; row += gridDim.x, odd = !odd) {
+    if constexpr (!kGrouped) own = slots + (odd ? warps : 0);
 
     float sums[kTiles][kColumns][4] = {};
 #pragma unroll
@@ -218,34 +219,32 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, Shape::kBlocks)
     }
     if (row + gridDim.x < p.rows) load(row + gridDim.x);
 
-    // Calls body(v, head) for the runs that this lane has of its heads.
+    // Calls body(v, run) for the runs that this lane has of its heads, `run` of all of the row's.
     const auto each_run = [&](const auto& body) {
+      if (!has_columns) return;
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+          const int head = m * kTile + 8 * half;  // and g
+          if (head + 8 > Shape::kSureHeads && head + g >= p.heads) continue;
           float v[kRun];
 #pragma unroll
           for (int j = 0; j < kRun; ++j) v[j] = sums[m][j % kColumns][2 * half + j / kColumns];
-          body(v, m * kTile + 8 * half + g);
+          body(v, lane_run + (2 * m + half) * run_stride);
         }
       }
     };
-    const auto active = [&](int head) { return head < p.heads && column < p.head_dim; };
-    if constexpr (kGrouped) {
-      RangeSlot* next = slots + (turn == kLastTurn ? 0 : turn + 1) * slots_of_row;
-      for (int i = threadIdx.x; i < p.groups; i += blockDim.x) next[i] = {0, 0};
-    }
     const auto find_ranges = [&](auto is_symmetric) {
       FloatRange all;
-      each_run([&](const float (&v)[kRun], int head) {
+      each_run([&](const float (&v)[kRun], int run) {
         FloatRange one;
         FloatRange& seen = kGrouped ? one : all;
 #pragma unroll
         for (int j = 0; j < kRun; ++j) seen.template add<is_symmetric.value>(v[j]);
-        if (!kGrouped || !active(head)) return;
+        if (!kGrouped) return;
         const Range range = one.range(symmetric);
-        RangeSlot& slot = own[p.group(head * p.head_dim + column)];
+        RangeSlot& slot = own[p.group_runs(run)];
         atomicMax(&slot.high, range.high);
         if (!is_symmetric.value) atomicMax(&slot.low, range.low);
       });
@@ -269,38 +268,48 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, Shape::kBlocks)
       return grid;
     };
     Grid grid{};
-    if constexpr (!kGrouped) {
+    if constexpr (kGrouped) {
+      for (int i = threadIdx.x; i < p.groups; i += blockDim.x) {
+        grids[i] = grid_of({own[i].high, own[i].low}, i, true);
+        own[i] = {0, 0};
+      }
+      __syncthreads();
+    } else {
       Range range{own[0].high, own[0].low};
-      for (int i = 1; i < slots_of_row; ++i) range = merge(range, {own[i].high, own[i].low});
+      for (int i = 1; i < warps; ++i) range = merge(range, {own[i].high, own[i].low});
       grid = grid_of(range, 0, threadIdx.x == 0);
     }
     const int64_t first = row * p.heads * p.head_dim;
-    each_run([&](const float (&v)[kRun], int head) {
-      if (!active(head)) return;
-      const int at = head * p.head_dim + column;
-      if constexpr (kGrouped) {
-        const int group = p.group(at);
-        grid = grid_of({own[group].high, own[group].low}, group, at == group * p.group.divisor());
-      }
-      store_run_codes<Rounding::fused>(out, (first + at) / kRun, v, grid);
-    });
+    const auto store = [&](auto is_packed) {
+      QuantizedRows codes = out;
+      codes.packed = is_packed.value;
+      codes.codes = static_cast<char*>(out.codes) + (is_packed.value ? first / 2 : first);
+      each_run([&](const float (&v)[kRun], int run) {
+        if (kGrouped) grid = grids[p.group_runs(run)];
+        store_run_codes<Rounding::fused>(codes, run, v, grid);
+      });
+    };
+    out.packed ? store(std::true_type{}) : store(std::false_type{});
   }
 }
 
 // ---- Launch -------------------------------------------------------------------------------------
 
 template <class Shape>
-bool launch_heads(const HeadPlan& p, const QuantizedRows& out, Stream stream) {
+bool launch_heads(HeadPlan p, const QuantizedRows& out, Stream stream) {
   const int warps = static_cast<int>(ceil_div(p.head_dim, Shape::kWarpColumns));
   const bool whole =
-      p.head_dim % Shape::kRun == 0 && (p.groups == 1 || p.group.divisor() % Shape::kRun == 0);
+      p.head_dim % Shape::kRun == 0 && (p.groups == 1 || out.group % Shape::kRun == 0);
   if (warps > kMaxWarps || !whole) return false;
   const int64_t blocks =
       int64_t{device_limits().processors} * std::max(1, Shape::kBlocks * kMaxWarps / warps);
   const bool grouped = p.groups > 1;
-  const int slots = grouped ? 3 * p.groups : 2 * warps;
-  const int shared = Shape::kTiles * Shape::kTiles * kWarp * static_cast<int>(sizeof(uint4)) +
-                     slots * static_cast<int>(sizeof(RangeSlot));
+  p.group_runs = FastDiv(static_cast<int>(out.group / Shape::kRun));
+  const int slot_bytes = grouped
+                             ? (p.groups + 1) * static_cast<int>(sizeof(RangeSlot) + sizeof(Grid))
+                             : 2 * warps * static_cast<int>(sizeof(RangeSlot));
+  const int shared =
+      Shape::kTiles * Shape::kTiles * kWarp * static_cast<int>(sizeof(uint4)) + slot_bytes;
   launch_early(grouped ? &head_kernel<Shape, true> : &head_kernel<Shape, false>,
                std::min(p.rows, blocks), warps * kWarp, shared, stream, p, out);
   return true;
@@ -323,7 +332,7 @@ bool launch_heads(const HeadHadamardQuantizeArgs& args, Stream stream) {
                    static_cast<int>(heads),
                    static_cast<int>(args.head_dim),
                    static_cast<int>(x.n / out.group),
-                   FastDiv(static_cast<int>(out.group)),
+                   FastDiv(),
                    FastDiv(static_cast<int>(h.size)),
                    static_cast<int>(h.factor_order),
                    log_power,

@@ -85,7 +85,7 @@ struct RowReader<RowSource<kDtype>> {
   using Seen = std::conditional_t<kDtype == DType::f32, FloatRange, PairRange<kDtype>>;
   static constexpr int kHeld = kDtype == DType::f32 ? 4 : 8, kInFlight = kHeld;
   static constexpr int kMaxTeam = 1024, kFewHeld = 4, kFewChunks = 1024;
-  static constexpr bool kNormalised = false, kFolds = false, kSplits = true;
+  static constexpr bool kNormalised = false, kWeighted = false, kSplits = true;
   static constexpr Rounding kRounding = Rounding::exact;
 
   __device__ __forceinline__ const void* row(int64_t r) const {
@@ -105,12 +105,11 @@ struct RowReader<RowSource<kDtype>> {
       forget_origin(w.w);
     }
   }
-  template <bool>
-  __device__ __forceinline__ void values(float (&v)[kChunk], const Held& held, int, float) const {
+  __device__ __forceinline__ void values(float (&v)[kChunk], const Held& held) const {
     to_floats<kDtype>(v, held);
   }
-  template <bool kSymmetric, bool>
-  __device__ __forceinline__ void see(Seen& seen, const Held& held, int, float) const {
+  template <bool kSymmetric>
+  __device__ __forceinline__ void see(Seen& seen, const Held& held) const {
     if constexpr (kDtype == DType::f32) {
       float v[kChunk];
       to_floats<kDtype>(v, held);
@@ -122,21 +121,35 @@ struct RowReader<RowSource<kDtype>> {
 };
 
 /// Kept in fp32: computed once.
+struct FloatHolder {
+  struct Held {
+    float v[kChunk];
+  };
+  using Seen = FloatRange;
+  static constexpr bool kSplits = false;
+  static constexpr Rounding kRounding = Rounding::fused;
+
+  __device__ __forceinline__ void forget(Held&) const {}
+  __device__ __forceinline__ void values(float (&v)[kChunk], const Held& held) const {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) v[i] = held.v[i];
+  }
+  template <bool kSymmetric>
+  __device__ __forceinline__ void see(Seen& seen, const Held& held) const {
+    seen.add<kSymmetric>(held.v);
+  }
+};
+
 template <DType kDtype>
-struct RowReader<GluSource<kDtype>> {
+struct RowReader<GluSource<kDtype>> : FloatHolder {
   GluSource<kDtype> source;
 
   struct Raw {
     Chunk<kDtype> gate, up;
   };
-  struct Held {
-    float v[kChunk];
-  };
-  using Seen = FloatRange;
   static constexpr int kHeld = 4, kInFlight = kDtype == DType::f32 ? 1 : 2;
   static constexpr int kMaxTeam = 1024, kFewHeld = 4, kFewChunks = 1024;
-  static constexpr bool kNormalised = false, kFolds = false, kSplits = false;
-  static constexpr Rounding kRounding = Rounding::fused;
+  static constexpr bool kNormalised = false, kWeighted = false;
 
   explicit RowReader(const GluSource<kDtype>& s) : source(s) {}
 
@@ -152,16 +165,6 @@ struct RowReader<GluSource<kDtype>> {
     to_floats<kDtype>(held.v, raw.gate);
     to_floats<kDtype>(up, raw.up);
     gate(held.v, up, source.activation);
-  }
-  __device__ __forceinline__ void forget(Held&) const {}
-  template <bool>
-  __device__ __forceinline__ void values(float (&v)[kChunk], const Held& held, int, float) const {
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) v[i] = held.v[i];
-  }
-  template <bool kSymmetric, bool>
-  __device__ __forceinline__ void see(Seen& seen, const Held& held, int, float) const {
-    seen.add<kSymmetric>(held.v);
   }
 };
 
@@ -196,60 +199,63 @@ struct RmsnormSource : RowSource<kDtype> {
   }
 };
 
-/// x is kept as it came. x * weight, or x * factor * weight if kScaled, is computed in both steps,
-/// and multiplied by the norm's inverse in the second one, if that is not the factor already.
-template <DType kDtype, bool kIsWeighted, DType kWeight>
-struct RowReader<RmsnormSource<kDtype, kIsWeighted, kWeight>> : RowReader<RowSource<kDtype>> {
+/// Without a weight: x is kept as it came, and multiplied by the norm's inverse in step 2. Many of
+/// its values are the same, and may all lie between two codes: the roundings are the definition's.
+template <DType kDtype, DType kWeight>
+struct RowReader<RmsnormSource<kDtype, false, kWeight>> : RowReader<RowSource<kDtype>> {
   using Rows = RowReader<RowSource<kDtype>>;
-  using Held = typename Rows::Held;
-  using Seen = std::conditional_t<kIsWeighted, FloatRange, typename Rows::Seen>;
-  RmsnormSource<kDtype, kIsWeighted, kWeight> norm;
+  RmsnormSource<kDtype, false, kWeight> norm;
 
-  static constexpr bool kNormalised = true, kSplits = false, kWeighted = kIsWeighted;
-  static constexpr bool kMany = kIsWeighted && kDtype != DType::f32;
-  static constexpr int kHeld = kMany ? 16 : Rows::kHeld, kInFlight = kHeld;
-  static constexpr int kMaxTeam = kMany ? 512 : 1024, kFewHeld = kIsWeighted ? 2 : Rows::kFewHeld;
-  static constexpr int kFewChunks = kMany ? 4096 : 1024;
-  /// Without a weight many of a row's values are the same, and may all lie between two codes: there
-  /// the roundings of the definition decide.
-  static constexpr bool kFolds = kIsWeighted;
-  static constexpr Rounding kRounding = kFolds ? Rounding::fused : Rounding::exact;
-  /// Between these a sum of squares, and what it is made of, neither overflows nor loses bits.
-  static constexpr float kLeastSquares = 0x1p-100f, kMostSquares = 0x1p120f;
+  static constexpr bool kNormalised = true, kSplits = false;
 
-  explicit RowReader(const RmsnormSource<kDtype, kIsWeighted, kWeight>& s) : Rows{s}, norm(s) {}
+  explicit RowReader(const RmsnormSource<kDtype, false, kWeight>& s) : Rows{s}, norm(s) {}
 
-  __device__ __forceinline__ void add_squares(float& squares, const Held& held) const {
+  __device__ __forceinline__ void add_squares(float& squares,
+                                              const typename Rows::Held& held) const {
     float v[kChunk];
     to_floats<kDtype>(v, held);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) squares += v[i] * v[i];
   }
-  /// The weight of chunk `chunk` is read for every row: through the L1.
-  template <bool kScaled>
-  __device__ __forceinline__ void values(float (&v)[kChunk], const Held& held, int chunk,
-                                         float factor) const {
-    to_floats<kDtype>(v, held);
-    if constexpr (kScaled) {
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) v[i] *= factor;
-    }
-    if constexpr (kIsWeighted) {
-      float w[kChunk];
-      to_floats<kWeight>(w, static_cast<const Chunk<kWeight>*>(norm.weight)[chunk]);
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) v[i] *= w[i];
-    }
+};
+
+/// With a weight: x * factor * weight is kept. The norm's inverse goes into the grid's, if it is
+/// not the factor already.
+template <DType kDtype, DType kWeight>
+struct RowReader<RmsnormSource<kDtype, true, kWeight>> : FloatHolder {
+  RmsnormSource<kDtype, true, kWeight> norm;
+
+  using Raw = Chunk<kDtype>;
+  static constexpr int kHeld = kDtype == DType::f32 ? 4 : 8;
+  static constexpr int kInFlight = kDtype == DType::f32 ? 1 : 8;
+  static constexpr int kMaxTeam = kDtype == DType::f32 ? 1024 : 512;
+  static constexpr int kFewHeld = 2, kFewChunks = 1024;
+  static constexpr bool kNormalised = true, kWeighted = true;
+  /// Between these a sum of squares, and what it is made of, neither overflows nor loses bits.
+  static constexpr float kLeastSquares = 0x1p-100f, kMostSquares = 0x1p120f;
+
+  explicit RowReader(const RmsnormSource<kDtype, true, kWeight>& s) : norm(s) {}
+
+  __device__ __forceinline__ const void* row(int64_t r) const {
+    return static_cast<const char*>(norm.data) + r * norm.row_stride * bytes_of(kDtype);
   }
-  template <bool kSymmetric, bool kScaled>
-  __device__ __forceinline__ void see(Seen& seen, const Held& held, int chunk, float factor) const {
-    if constexpr (kIsWeighted) {
-      float v[kChunk];
-      values<kScaled>(v, held, chunk, factor);
-      seen.template add<kSymmetric>(v);
-    } else {
-      Rows::template see<kSymmetric, kScaled>(seen, held, chunk, factor);
+  __device__ __forceinline__ Raw load(const void* row, int chunk) const {
+    return load_chunk<kDtype>(row, chunk * kChunk);
+  }
+  /// The weight of chunk `chunk` is read for every row: through the L1.
+  __device__ __forceinline__ void hold(Held& held, const Raw& raw, int chunk, float factor,
+                                       float& squares) const {
+    to_floats<kDtype>(held.v, raw);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) squares += held.v[i] * held.v[i];
+    if (factor != 1.0f) {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) held.v[i] *= factor;
     }
+    float w[kChunk];
+    to_floats<kWeight>(w, static_cast<const Chunk<kWeight>*>(norm.weight)[chunk]);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) held.v[i] *= w[i];
   }
 };
 
@@ -316,9 +322,8 @@ __global__ void __launch_bounds__(kTeamBound<Source, kCount>)
   forget_origin(x);  // else it is computed again for each load
 
   RowStats stats{};
-  // What is held is multiplied by `factor` if it is `scaled`, and by `rest` in step 2.
+  // Values are multiplied by `factor` when they are read, by `rest` in step 2.
   float factor = 1.0f, rest = 1.0f;
-  bool scaled = false;
   Held held[kHeld];
   const auto read = [&](int start) {
     constexpr int kInFlight = Reader::kInFlight < kHeld ? Reader::kInFlight : kHeld;
@@ -333,7 +338,12 @@ __global__ void __launch_bounds__(kTeamBound<Source, kCount>)
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         if ((begin + i) * p.team >= chunks) continue;  // no thread has it, nor looks at it
-        reader.hold(held[begin + i], raw[i]);
+        if constexpr (Reader::kWeighted) {
+          const int chunk = min(start + (begin + i) * p.team, chunks - 1);
+          reader.hold(held[begin + i], raw[i], chunk, factor, stats.squares);
+        } else {
+          reader.hold(held[begin + i], raw[i]);
+        }
       }
     }
   };
@@ -352,22 +362,17 @@ __global__ void __launch_bounds__(kTeamBound<Source, kCount>)
   const auto by = [](bool choice, const auto& body) {
     choice ? body(std::true_type{}) : body(std::false_type{});
   };
-  // The chunk of held[i], or another one where that is zeros.
-  const auto chunk_of = [&](int start, int i) { return min(start + i * p.team, chunks - 1); };
-  const auto find_stats = [&](auto with_squares, auto is_scaled) {
+  const auto find_stats = [&] {
     by(symmetric, [&](auto is_symmetric) {
       Seen seen;
-      each_step([&](int start) {
+      each_step([&](int) {
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
           if (i * p.team >= chunks) continue;
-          if constexpr (Reader::kNormalised) {
-            if constexpr (with_squares.value) reader.add_squares(stats.squares, held[i]);
+          if constexpr (Reader::kNormalised && !Reader::kWeighted) {
+            reader.add_squares(stats.squares, held[i]);
           }
-          if constexpr (!kGrouped) {
-            reader.template see<is_symmetric.value, is_scaled.value>(seen, held[i],
-                                                                     chunk_of(start, i), factor);
-          }
+          if constexpr (!kGrouped) reader.template see<is_symmetric.value>(seen, held[i]);
         }
       });
       const Range range = seen.range(is_symmetric.value);
@@ -379,19 +384,19 @@ __global__ void __launch_bounds__(kTeamBound<Source, kCount>)
   // 1. What the row has in common.
   if constexpr (!kLong) read(member);
   if constexpr (Reader::kNormalised || !kGrouped) {
-    find_stats(std::bool_constant<Reader::kNormalised>{}, std::false_type{});
+    find_stats();
     stats = reduce_team<Reader::kNormalised>(stats, warps, symmetric, memory[0]);
   }
   if constexpr (Reader::kNormalised) {
     rest = reader.norm.inverse_norm(stats.squares, p.row_chunks * kChunk);
     if constexpr (Reader::kWeighted) {
       // All threads of a team agree.
-      scaled = !(stats.squares > Reader::kLeastSquares && stats.squares < Reader::kMostSquares);
-      if (scaled) {
+      if (!(stats.squares > Reader::kLeastSquares && stats.squares < Reader::kMostSquares)) {
         factor = rest;
         rest = 1.0f;
+        if constexpr (!kLong) read(member);
         if constexpr (!kGrouped) {
-          find_stats(std::false_type{}, std::true_type{});
+          find_stats();
           stats = reduce_team<false>(stats, warps, symmetric, memory[1]);
         }
       }
@@ -404,12 +409,15 @@ __global__ void __launch_bounds__(kTeamBound<Source, kCount>)
   QuantizedRows codes = out;
   codes.codes = static_cast<char*>(out.codes) + first * (out.packed ? kChunk / 2 : kChunk);
   forget_origin(codes.codes);
-  const auto store = [&](auto is_scaled, int i, int chunk, const Grid& grid) {
+  const auto store = [&](int i, int chunk, Grid grid) {
     if (chunk >= chunks) return;
     float v[kChunk];
-    reader.template values<is_scaled.value>(v, held[i], chunk, factor);
-    if constexpr (Reader::kNormalised && !is_scaled.value) {
-      if constexpr (kGrouped || !Reader::kFolds) {
+    reader.values(v, held[i]);
+    if constexpr (Reader::kNormalised) {
+      const float inv = grid.inv * rest;
+      if (Reader::kWeighted && inv > kLeastInverse && inv < kMostInverse) {
+        grid.inv = inv;
+      } else {
 #pragma unroll
         for (int j = 0; j < kChunk; ++j) v[j] = __fmul_rn(v[j], rest);
       }
@@ -425,74 +433,55 @@ __global__ void __launch_bounds__(kTeamBound<Source, kCount>)
     return grid;
   };
   if constexpr (!kGrouped) {
-    Grid grid = grid_of({stats.high, stats.low}, row, member == 0);
-    if constexpr (Reader::kNormalised) {
-      if constexpr (Reader::kFolds) {
-        // The norm's inverse goes into the grid's, unless bits would be lost.
-        const float inv = grid.inv * rest;
-        if (inv > kLeastInverse && inv < kMostInverse) {
-          grid.inv = inv;
-        } else {
-          factor *= rest;
-          scaled = true;
-        }
-      }
-    }
-    const auto store_all = [&](auto is_scaled) {
-      each_step([&](int start) {
+    const Grid grid = grid_of({stats.high, stats.low}, row, member == 0);
+    each_step([&](int start) {
 #pragma unroll
-        for (int i = 0; i < kHeld; ++i) {
-          if (i * p.team < chunks) store(is_scaled, i, start + i * p.team, grid);
-        }
-      });
-    };
-    Reader::kNormalised ? by(scaled, store_all) : store_all(std::false_type{});
+      for (int i = 0; i < kHeld; ++i) {
+        if (i * p.team < chunks) store(i, start + i * p.team, grid);
+      }
+    });
   } else {
     // A group's lanes hold kBatch chunks of different groups each: lane i makes the i-th grid.
     constexpr int kBatch = kHeld < kLeastLanes ? kHeld : kLeastLanes;
     const int index = lane & (p.lanes - 1);
-    const auto store_all = [&](auto is_scaled) {
-      each_step([&](int start) {
+    each_step([&](int start) {
 #pragma unroll
-        for (int begin = 0; begin < kHeld; begin += kBatch) {
-          if (begin * p.team >= chunks) continue;
-          Range ranges[kBatch], mine;
-          by(symmetric, [&](auto is_symmetric) {
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
-              Seen seen;
-              reader.template see<is_symmetric.value, is_scaled.value>(
-                  seen, held[begin + i], chunk_of(start, begin + i), factor);
-              ranges[i] = seen.range(is_symmetric.value);
-            }
-          });
-          for (int step = 1; step < p.lanes; step *= 2) {
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
-              Range& r = ranges[i];
-              r.high = max(r.high, __shfl_xor_sync(kAllLanes, r.high, step));
-              if (!symmetric) r.low = max(r.low, __shfl_xor_sync(kAllLanes, r.low, step));
-            }
-          }
+      for (int begin = 0; begin < kHeld; begin += kBatch) {
+        if (begin * p.team >= chunks) continue;
+        Range ranges[kBatch], mine;
+        by(symmetric, [&](auto is_symmetric) {
 #pragma unroll
           for (int i = 0; i < kBatch; ++i) {
-            if (index == i) mine = ranges[i];
+            Seen seen;
+            reader.template see<is_symmetric.value>(seen, held[begin + i]);
+            ranges[i] = seen.range(is_symmetric.value);
           }
-          const int chunk = start + (begin + index) * p.team;
-          const Grid grid =
-              grid_of(mine, (first + chunk) >> p.lane_bits, index < kBatch && chunk < chunks);
+        });
+        for (int step = 1; step < p.lanes; step *= 2) {
 #pragma unroll
           for (int i = 0; i < kBatch; ++i) {
-            const int from = lane - index + i;
-            const Grid theirs{0.0f, __shfl_sync(kAllLanes, grid.inv, from),
-                              __shfl_sync(kAllLanes, grid.shift, from),
-                              __shfl_sync(kAllLanes, grid.top, from)};
-            store(is_scaled, begin + i, start + (begin + i) * p.team, theirs);
+            Range& r = ranges[i];
+            r.high = max(r.high, __shfl_xor_sync(kAllLanes, r.high, step));
+            if (!symmetric) r.low = max(r.low, __shfl_xor_sync(kAllLanes, r.low, step));
           }
         }
-      });
-    };
-    Reader::kNormalised ? by(scaled, store_all) : store_all(std::false_type{});
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (index == i) mine = ranges[i];
+        }
+        const int chunk = start + (begin + index) * p.team;
+        const Grid grid =
+            grid_of(mine, (first + chunk) >> p.lane_bits, index < kBatch && chunk < chunks);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const int from = lane - index + i;
+          const Grid theirs{0.0f, __shfl_sync(kAllLanes, grid.inv, from),
+                            __shfl_sync(kAllLanes, grid.shift, from),
+                            __shfl_sync(kAllLanes, grid.top, from)};
+          store(begin + i, start + (begin + i) * p.team, theirs);
+        }
+      }
+    });
   }
 }
 
@@ -542,7 +531,7 @@ void launch_rows(const Source& source, int64_t rows, int64_t n, const QuantizedR
   // Few rows: fewer chunks a thread, so that each has less to do.
   const bool few = p.chunks < int64_t{device_limits().processors} * Reader::kFewChunks;
   // A kernel of its own for them where a thread of many rows holds too much for a large team.
-  constexpr int kFew = Reader::kMaxTeam < kMaxTeam ? Reader::kFewHeld : Reader::kHeld;
+  constexpr int kFew = Reader::kMaxTeam < kMaxTeam ? Reader::kHeld / 2 : Reader::kHeld;
   const auto launch_held = [&](auto count, int held) {
     constexpr int kCount = decltype(count)::value;
     p.team = static_cast<int>(ceil_div(ceil_div(p.row_chunks, int64_t{held}), kWarp)) * kWarp;
