@@ -80,31 +80,34 @@ struct RangeSlot {
 // ---- Device helpers -----------------------------------------------------------------------------
 
 /// Element (to, from) of H^T as bits of kOperand, 0 beyond the heads and outside the blocks.
-template <DType kOperand>
+/// Without branches: several elements' factors are loaded at once.
+template <DType kOperand, bool kFactor, bool kBlocks>
 __device__ __forceinline__ uint32_t sign_of(const HeadPlan& p, int to, int from) {
-  if (to >= p.heads || from >= p.heads) return 0;
-  if (p.size.divisor() < p.heads) {
-    const int block = p.size(to);
-    if (block != p.size(from)) return 0;
-    to -= block * p.size.divisor();
-    from -= block * p.size.divisor();
+  bool inside = to < p.heads && from < p.heads;
+  to = min(to, p.heads - 1);
+  from = min(from, p.heads - 1);
+  if constexpr (kBlocks) {
+    const int block = p.size(to), first = block * p.size.divisor();
+    inside = inside && block == p.size(from);
+    to -= first;
+    from = inside ? from - first : 0;
   }
-  int negative = __popc(to & from & ((1 << p.log_power) - 1)) & 1;
-  if (p.order > 1) {
+  uint32_t negative = __popc(to & from & ((1 << p.log_power) - 1)) & 1;
+  if constexpr (kFactor) {
     negative ^= p.factor[(from >> p.log_power) * p.order + (to >> p.log_power)] < 0;
   }
-  return sign_bits<kOperand>(1) | static_cast<uint32_t>(negative) << 15;
+  return inside ? sign_bits<kOperand>(1) | negative << 15 : 0;
 }
 
 /// Fragment words of the signs: tile (m, k) at [(m * kTiles + k) * kWarp + lane].
-template <class Shape>
+template <class Shape, bool kFactor, bool kBlocks>
 __device__ __forceinline__ void make_signs(const HeadPlan& p, uint4* signs, int g, int t) {
   const int first = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   for (int tile = first; tile < Shape::kTiles * Shape::kTiles; tile += warps) {
     const int to = tile / Shape::kTiles * kTile + g, from = tile % Shape::kTiles * kTile + 2 * t;
     const auto pair = [&](int row, int column) {
-      return sign_of<Shape::kOperand>(p, row, column) | sign_of<Shape::kOperand>(p, row, column + 1)
-                                                            << 16;
+      return sign_of<Shape::kOperand, kFactor, kBlocks>(p, row, column) |
+             sign_of<Shape::kOperand, kFactor, kBlocks>(p, row, column + 1) << 16;
     };
     signs[tile * kWarp + threadIdx.x % kWarp] = {pair(to, from), pair(to + 8, from),
                                                  pair(to, from + 8), pair(to + 8, from + 8)};
@@ -183,7 +186,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, Shape::kBlocks)
   };
   int64_t row = blockIdx.x;
   load(row);
-  make_signs<Shape>(p, signs, g, t);
+  if (p.size.divisor() < p.heads) {
+    p.order > 1 ? make_signs<Shape, true, true>(p, signs, g, t)
+                : make_signs<Shape, false, true>(p, signs, g, t);
+  } else {
+    p.order > 1 ? make_signs<Shape, true, false>(p, signs, g, t)
+                : make_signs<Shape, false, false>(p, signs, g, t);
+  }
   if constexpr (kGrouped) {
     for (int i = threadIdx.x; i < p.groups; i += blockDim.x) slots[i] = {0, 0};
   }
