@@ -250,6 +250,13 @@ __device__ __forceinline__ uint4 load_once(const uint4* p) {
                : "l"(p));
   return r;
 }
+__device__ __forceinline__ uint2 load_once(const uint2* p) {
+  uint2 r;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+               : "=r"(r.x), "=r"(r.y)
+               : "l"(p));
+  return r;
+}
 __device__ __forceinline__ void store_once(uint4* p, const uint4& v) {
   asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)

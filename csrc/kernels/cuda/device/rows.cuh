@@ -1,19 +1,20 @@
 // Quantization of rows that need no transform: a row, or its norm, or a gated activation, in one
 // pass. Maths: kernels/quantize.h and kernels/fused_quantize.h.
 //
-// Layout and parallelisation. A team of warps reads a row once and keeps it in registers, up to 8
+// Layout and parallelisation. A team of warps reads a row once and keeps it in registers, up to 16
 // chunks of 8 elements a thread, neighbours in neighbouring threads:
 //
 //   1. the range (and the norm's sum of squares), over the team: shuffles and one barrier;
 //   2. every thread makes the grid for itself, then codes from what it holds.
 //
-// A norm's inverse multiplies the range, so that step 1 finds both. Groups of
-// 2^k chunks, 4 to 32, find their ranges by shuffles alone; a thread makes the grid of one of them.
-// A row that is longer than a team can hold is read again in each step, from the L2.
-// Rows of one warp: kSmallTeams a block, no barrier.
+// A norm's inverse multiplies the range, so that step 1 finds both, and the grid's inverse, so that
+// it costs no instruction an element. Groups of 2^k chunks, 4 to 32, find their ranges by shuffles
+// alone; a thread makes the grid of one of them. A row that is longer than a team can hold is read
+// again in each step, from the L2. Rows of one warp: kSmallTeams a block, no barrier.
 //
-// Bound: memory; with a norm and a weight the instructions, about 20 an element. Above 400 lines:
-// rows held, read again and of one warp share the steps.
+// Bound: memory; with a norm and a weight the instructions are near: 11 an element, and some 250 a
+// thread, which therefore holds twice as many chunks. Above 400 lines: rows held, read again and of
+// one warp share the steps.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -31,8 +32,9 @@ namespace quarot::cuda {
 
 /// Warps of a block whose teams are single warps.
 constexpr int kSmallTeams = 4;
-/// Few rows: fewer than so many chunks a multiprocessor.
-constexpr int kFewChunks = 1024;
+constexpr int kMaxTeam = 1024;
+/// Between these a grid's inverse times a norm's loses no bits.
+constexpr float kLeastInverse = 0x1p-100f, kMostInverse = 0x1p120f;
 /// Chunks of a group: powers of two from here to a warp.
 constexpr int kLeastLanes = 4;
 
@@ -41,13 +43,15 @@ struct RowPlan {
   int64_t chunks;  // of all rows; the last row may end early
   int row_chunks;
   int team;   // threads a row, whole warps
-  int lanes;  // chunks that share a scale; 0: the row does
+  int lanes;  // chunks that share a scale, 2^lane_bits; 0: the row does
+  int lane_bits;
 };
 
 // ---- Readers: what a thread loads of a chunk, keeps, and makes of it ----------------------------
 
 /// A thread loads kInFlight chunks before it uses them, and holds at most kHeld, of few rows about
-/// kFewHeld. Raw{} and Held{} are zeros. kSplits: a row may be read as several.
+/// kFewHeld; few are fewer than kFewChunks a multiprocessor. Raw{} and Held{} are zeros. kSplits: a
+/// row may be read as several.
 template <class Source>
 struct RowReader;
 
@@ -56,12 +60,14 @@ struct FloatRange {
   float high = 0.0f, low = 0.0f;  // kSymmetric: max |v|, 0; else max(v, 0), max(-v, 0)
 
   template <bool kSymmetric>
+  __device__ __forceinline__ void add(float v) {
+    high = max_nan(high, kSymmetric ? fabsf(v) : v);
+    if constexpr (!kSymmetric) low = max_nan(low, -v);
+  }
+  template <bool kSymmetric>
   __device__ __forceinline__ void add(const float (&v)[kChunk]) {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      high = max_nan(high, kSymmetric ? fabsf(v[i]) : v[i]);
-      if constexpr (!kSymmetric) low = max_nan(low, -v[i]);
-    }
+    for (int i = 0; i < kChunk; ++i) add<kSymmetric>(v[i]);
   }
   // As range_of in int4.cuh: -0 would be the smallest integer, NaN has no sign.
   __device__ __forceinline__ Range range(bool) const {
@@ -78,8 +84,8 @@ struct RowReader<RowSource<kDtype>> {
   using Held = Chunk<kDtype>;
   using Seen = std::conditional_t<kDtype == DType::f32, FloatRange, PairRange<kDtype>>;
   static constexpr int kHeld = kDtype == DType::f32 ? 4 : 8, kInFlight = kHeld;
-  static constexpr int kMaxTeam = 1024, kFewHeld = 4;
-  static constexpr bool kNormalised = false, kSplits = true;
+  static constexpr int kMaxTeam = 1024, kFewHeld = 4, kFewChunks = 1024;
+  static constexpr bool kNormalised = false, kWeighted = false, kSplits = true;
   static constexpr Rounding kRounding = Rounding::exact;
 
   __device__ __forceinline__ const void* row(int64_t r) const {
@@ -121,6 +127,7 @@ struct FloatHolder {
   };
   using Seen = FloatRange;
   static constexpr bool kSplits = false;
+  static constexpr Rounding kRounding = Rounding::fused;
 
   __device__ __forceinline__ void forget(Held&) const {}
   __device__ __forceinline__ void values(float (&v)[kChunk], const Held& held) const {
@@ -141,9 +148,8 @@ struct RowReader<GluSource<kDtype>> : FloatHolder {
     Chunk<kDtype> gate, up;
   };
   static constexpr int kHeld = 4, kInFlight = kDtype == DType::f32 ? 1 : 2;
-  static constexpr int kMaxTeam = 1024, kFewHeld = 4;
-  static constexpr bool kNormalised = false;
-  static constexpr Rounding kRounding = Rounding::fused;
+  static constexpr int kMaxTeam = 1024, kFewHeld = 4, kFewChunks = 1024;
+  static constexpr bool kNormalised = false, kWeighted = false;
 
   explicit RowReader(const GluSource<kDtype>& s) : source(s) {}
 
@@ -193,19 +199,19 @@ struct RmsnormSource : RowSource<kDtype> {
   }
 };
 
-/// Without a weight: x is kept as it came, and multiplied by the norm's inverse in step 2.
+/// Without a weight: x is kept as it came, and multiplied by the norm's inverse in step 2. Many of
+/// its values are the same, and may all lie between two codes: the roundings are the definition's.
 template <DType kDtype, DType kWeight>
 struct RowReader<RmsnormSource<kDtype, false, kWeight>> : RowReader<RowSource<kDtype>> {
   using Rows = RowReader<RowSource<kDtype>>;
   RmsnormSource<kDtype, false, kWeight> norm;
 
-  static constexpr bool kNormalised = true, kSplits = false, kWeighted = false;
+  static constexpr bool kNormalised = true, kSplits = false;
 
   explicit RowReader(const RmsnormSource<kDtype, false, kWeight>& s) : Rows{s}, norm(s) {}
 
-  __device__ __forceinline__ void hold(typename Rows::Held& held, const typename Rows::Raw& raw,
-                                       int, float, float& squares) const {
-    held = raw;
+  __device__ __forceinline__ void add_squares(float& squares,
+                                              const typename Rows::Held& held) const {
     float v[kChunk];
     to_floats<kDtype>(v, held);
 #pragma unroll
@@ -213,17 +219,18 @@ struct RowReader<RmsnormSource<kDtype, false, kWeight>> : RowReader<RowSource<kD
   }
 };
 
-/// With a weight: x * factor * weight is kept, and multiplied by the norm's inverse, if that is not
-/// the factor already.
+/// With a weight: x * factor * weight is kept. The norm's inverse goes into the grid's, if it is
+/// not the factor already.
 template <DType kDtype, DType kWeight>
 struct RowReader<RmsnormSource<kDtype, true, kWeight>> : FloatHolder {
   RmsnormSource<kDtype, true, kWeight> norm;
 
   using Raw = Chunk<kDtype>;
-  static constexpr int kHeld = 4, kInFlight = kDtype == DType::f32 ? 1 : 4;
-  static constexpr int kMaxTeam = 1024, kFewHeld = 2;
+  static constexpr int kHeld = kDtype == DType::f32 ? 4 : 8;
+  static constexpr int kInFlight = kDtype == DType::f32 ? 1 : 8;
+  static constexpr int kMaxTeam = kDtype == DType::f32 ? 1024 : 512;
+  static constexpr int kFewHeld = 2, kFewChunks = 1024;
   static constexpr bool kNormalised = true, kWeighted = true;
-  static constexpr Rounding kRounding = Rounding::exact;
   /// Between these a sum of squares, and what it is made of, neither overflows nor loses bits.
   static constexpr float kLeastSquares = 0x1p-100f, kMostSquares = 0x1p120f;
 
@@ -280,17 +287,25 @@ __device__ __forceinline__ RowStats reduce_team(RowStats s, int warps, bool symm
   return s;
 }
 
-/// kLong: rows that a team cannot hold. kGrouped: a scale a group, not a row.
-template <class Source, bool kLong, bool kGrouped>
-__global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
+/// kCount: chunks that a thread holds; kReread: none, since the team could not hold the row.
+/// kGrouped: a scale a group, not a row.
+constexpr int kReread = 0;
+
+template <class Source, int kCount>
+constexpr int kTeamBound =
+    kCount == RowReader<Source>::kHeld ? RowReader<Source>::kMaxTeam : kMaxTeam;
+
+template <class Source, int kCount, bool kGrouped>
+__global__ void __launch_bounds__(kTeamBound<Source, kCount>)
     quantize_rows_kernel(const __grid_constant__ RowPlan p,
                          const __grid_constant__ RowReader<Source> reader,
                          const __grid_constant__ QuantizedRows out) {
   using Reader = RowReader<Source>;
   using Held = typename Reader::Held;
   using Seen = typename Reader::Seen;
-  constexpr int kHeld = kLong ? 1 : Reader::kHeld;
-  __shared__ RowStats memory[2][Reader::kMaxTeam / kWarp];
+  constexpr bool kLong = kCount == kReread;
+  constexpr int kHeld = kLong ? 1 : kCount;
+  __shared__ RowStats memory[2][kTeamBound<Source, kCount> / kWarp];
   wait_for_previous_grid();
   start_next_grid();
   const int lane = threadIdx.x % kWarp, warps = p.team / kWarp;
@@ -323,7 +338,7 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         if ((begin + i) * p.team >= chunks) continue;  // no thread has it, nor looks at it
-        if constexpr (Reader::kNormalised) {
+        if constexpr (Reader::kWeighted) {
           const int chunk = min(start + (begin + i) * p.team, chunks - 1);
           reader.hold(held[begin + i], raw[i], chunk, factor, stats.squares);
         } else {
@@ -343,17 +358,21 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
       body(member);
     }
   };
-  // Calls body(std::bool_constant<symmetric>).
-  const auto by_symmetry = [&](const auto& body) {
-    symmetric ? body(std::true_type{}) : body(std::false_type{});
+  // Calls body(std::bool_constant<choice>).
+  const auto by = [](bool choice, const auto& body) {
+    choice ? body(std::true_type{}) : body(std::false_type{});
   };
-  const auto find_range = [&] {
-    by_symmetry([&](auto is_symmetric) {
+  const auto find_stats = [&] {
+    by(symmetric, [&](auto is_symmetric) {
       Seen seen;
       each_step([&](int) {
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
-          if (i * p.team < chunks) reader.template see<is_symmetric.value>(seen, held[i]);
+          if (i * p.team >= chunks) continue;
+          if constexpr (Reader::kNormalised && !Reader::kWeighted) {
+            reader.add_squares(stats.squares, held[i]);
+          }
+          if constexpr (!kGrouped) reader.template see<is_symmetric.value>(seen, held[i]);
         }
       });
       const Range range = seen.range(is_symmetric.value);
@@ -364,12 +383,8 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
 
   // 1. What the row has in common.
   if constexpr (!kLong) read(member);
-  if constexpr (!kGrouped) {
-    find_range();
-  } else if constexpr (kLong && Reader::kNormalised) {
-    each_step([](int) {});
-  }
   if constexpr (Reader::kNormalised || !kGrouped) {
+    find_stats();
     stats = reduce_team<Reader::kNormalised>(stats, warps, symmetric, memory[0]);
   }
   if constexpr (Reader::kNormalised) {
@@ -381,7 +396,7 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
         rest = 1.0f;
         if constexpr (!kLong) read(member);
         if constexpr (!kGrouped) {
-          find_range();
+          find_stats();
           stats = reduce_team<false>(stats, warps, symmetric, memory[1]);
         }
       }
@@ -394,15 +409,20 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
   QuantizedRows codes = out;
   codes.codes = static_cast<char*>(out.codes) + first * (out.packed ? kChunk / 2 : kChunk);
   forget_origin(codes.codes);
-  const auto store = [&](int i, int chunk, const Grid& grid) {
+  const auto store = [&](int i, int chunk, Grid grid) {
     if (chunk >= chunks) return;
     float v[kChunk];
     reader.values(v, held[i]);
     if constexpr (Reader::kNormalised) {
+      const float inv = grid.inv * rest;
+      if (Reader::kWeighted && inv > kLeastInverse && inv < kMostInverse) {
+        grid.inv = inv;
+      } else {
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) v[j] = __fmul_rn(v[j], rest);
+        for (int j = 0; j < kChunk; ++j) v[j] = __fmul_rn(v[j], rest);
+      }
     }
-    store_chunk_codes<Reader::kRounding>(codes, chunk, v, grid);
+    store_run_codes<Reader::kRounding>(codes, chunk, v, grid);
   };
   const auto grid_of = [&](const Range& range, int64_t group, bool writes) {
     const Grid grid = make_grid(range, rest, out.clip, out.bits, symmetric);
@@ -423,12 +443,13 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
   } else {
     // A group's lanes hold kBatch chunks of different groups each: lane i makes the i-th grid.
     constexpr int kBatch = kHeld < kLeastLanes ? kHeld : kLeastLanes;
-    const int index = lane % p.lanes;
+    const int index = lane & (p.lanes - 1);
     each_step([&](int start) {
 #pragma unroll
       for (int begin = 0; begin < kHeld; begin += kBatch) {
+        if (begin * p.team >= chunks) continue;
         Range ranges[kBatch], mine;
-        by_symmetry([&](auto is_symmetric) {
+        by(symmetric, [&](auto is_symmetric) {
 #pragma unroll
           for (int i = 0; i < kBatch; ++i) {
             Seen seen;
@@ -450,7 +471,7 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
         }
         const int chunk = start + (begin + index) * p.team;
         const Grid grid =
-            grid_of(mine, (first + chunk) / p.lanes, index < kBatch && chunk < chunks);
+            grid_of(mine, (first + chunk) >> p.lane_bits, index < kBatch && chunk < chunks);
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
           const int from = lane - index + i;
@@ -492,30 +513,43 @@ void launch_rows(const Source& source, int64_t rows, int64_t n, const QuantizedR
   p.rows = rows;
   p.row_chunks = static_cast<int>(n / kChunk);
   p.chunks = rows * p.row_chunks;
-  p.lanes = out.group < n ? static_cast<int>(out.group / kChunk) : 0;
+  const auto set_lanes = [&] {
+    p.lanes = static_cast<int>(out.group / kChunk);
+    while ((1 << p.lane_bits) < p.lanes) ++p.lane_bits;
+  };
+  if (out.group < n) set_lanes();
   Reader reader{source};
   if constexpr (Reader::kSplits) {
     // Groups that lie one after the other: rows of another length, as many as a warp holds.
     if (groups_are_lanes(out.group) && source.row_stride == n) {
       p.row_chunks = Reader::kHeld * kWarp;
       p.rows = ceil_div(p.chunks, int64_t{p.row_chunks});
-      p.lanes = static_cast<int>(out.group / kChunk);
+      set_lanes();
       reader.source.row_stride = p.row_chunks * kChunk;
     }
   }
   // Few rows: fewer chunks a thread, so that each has less to do.
-  const bool few = p.chunks < int64_t{device_limits().processors} * kFewChunks;
-  const int64_t least = ceil_div(p.row_chunks, Reader::kMaxTeam);
-  const int64_t each = std::max(int64_t{few ? Reader::kFewHeld : Reader::kHeld}, least);
-  const bool is_long = each > Reader::kHeld;
-  p.team = is_long ? Reader::kMaxTeam
-                   : static_cast<int>(ceil_div(ceil_div(p.row_chunks, each), kWarp)) * kWarp;
-  const int teams = p.team == kWarp ? kSmallTeams : 1;
-  const auto kernel = p.lanes == 0 ? (is_long ? &quantize_rows_kernel<Source, true, false>
-                                              : &quantize_rows_kernel<Source, false, false>)
-                                   : (is_long ? &quantize_rows_kernel<Source, true, true>
-                                              : &quantize_rows_kernel<Source, false, true>);
-  launch_early(kernel, ceil_div(p.rows, teams), teams * p.team, 0, stream, p, reader, out);
+  const bool few = p.chunks < int64_t{device_limits().processors} * Reader::kFewChunks;
+  // A kernel of its own for them where a thread of many rows holds too much for a large team.
+  constexpr int kFew = Reader::kMaxTeam < kMaxTeam ? Reader::kHeld / 2 : Reader::kHeld;
+  const auto launch_held = [&](auto count, int held) {
+    constexpr int kCount = decltype(count)::value;
+    p.team = static_cast<int>(ceil_div(ceil_div(p.row_chunks, int64_t{held}), kWarp)) * kWarp;
+    if (kCount == kReread || p.team > kTeamBound<Source, kCount>) {
+      p.team = kTeamBound<Source, kCount>;
+    }
+    const int teams = p.team == kWarp ? kSmallTeams : 1;
+    const auto kernel = p.lanes == 0 ? &quantize_rows_kernel<Source, kCount, false>
+                                     : &quantize_rows_kernel<Source, kCount, true>;
+    launch_early(kernel, ceil_div(p.rows, teams), teams * p.team, 0, stream, p, reader, out);
+  };
+  if (few && p.row_chunks <= kMaxTeam * kFew) {
+    launch_held(std::integral_constant<int, kFew>{}, Reader::kFewHeld);
+  } else if (p.row_chunks <= Reader::kMaxTeam * Reader::kHeld) {
+    launch_held(std::integral_constant<int, Reader::kHeld>{}, Reader::kHeld);
+  } else {
+    launch_held(std::integral_constant<int, kReread>{}, 1);
+  }
 }
 
 constexpr HadamardMatrix kNoTransform{1, 1, nullptr, 1.0f};
