@@ -105,11 +105,12 @@ struct Layer {
 };
 
 TEST(linear_int4_equals_its_definition) {
-  // Around the blocking: 2 and 6 rows in registers, 60 a block, 16 channels, 128 a chunk, 512
-  // columns a segment.
-  const Shape shapes[] = {{1, 1, 32, 1},     {1, 40, 64, 2},    {2, 16, 1056, 1}, {3, 17, 96, 12},
-                          {6, 33, 576, 1},   {7, 15, 512, 16},  {59, 5, 64, 1},   {61, 130, 544, 1},
-                          {120, 3, 1536, 3}, {121, 20, 320, 10}};
+  // Around the blocking: 2, 4, 6 and 12 rows in registers, 72 a block, 16 channels, 128 a chunk,
+  // 1024 columns a segment, 32 a run.
+  const Shape shapes[] = {
+      {1, 1, 32, 1},   {1, 40, 64, 2},     {2, 16, 1056, 1},  {3, 17, 96, 12},   {4, 18, 160, 4},
+      {5, 33, 576, 1}, {6, 33, 576, 1},    {7, 15, 512, 16},  {13, 16, 96, 4},   {25, 5, 64, 1},
+      {71, 5, 64, 1},  {73, 130, 1056, 1}, {144, 3, 1536, 3}, {145, 20, 320, 10}};
   for (const Shape& shape : shapes) {
     for (const DType dtype : kDTypes) {
       for (const bool extras : {false, true}) {
@@ -192,11 +193,10 @@ TEST(prepack_int4_is_lossless_and_has_the_documented_layout) {
       CHECK(back.values() == weights);
       for (int64_t channel = 0; channel < ceil_div(n, 16) * 16; ++channel) {
         for (int64_t column = 0; column < k; ++column) {
-          // Nibble s of the word's half h holds column 2s + h.
+          // Byte b of the word holds columns b and 4 + b.
           const int64_t word = (channel / 16 * (k / 8) + column / 8) * 16 + channel % 16;
-          const int64_t s = column % 8 / 2, half = column % 2;
-          const int nibble = packed[word * 4 + half * 2 + s / 2] >> (s % 2 * 4) & 15;
-          CHECK(nibble == (channel < n ? code_at(weights, k, channel, column) & 15 : 0));
+          const int nibble = packed[word * 4 + column % 4] >> (column % 8 / 4 * 4) & 15;
+          CHECK(nibble == (channel < n ? code_at(weights, k, channel, column) + 8 : 0));
         }
       }
     }
