@@ -55,47 +55,61 @@ QUAROT_INLINE I32 high_codes(const I32& word) { return (word >> 4) & i32(0x0f0f0
 
 // ---- Rows x 16 channels -------------------------------------------------------------------------
 
-template <int kWord, int R, class Sum>
-QUAROT_INLINE void add_word(Sum (&sum)[R], const uint8_t* w, const int8_t* x, int64_t stride) {
-  const I32 word = load_as<I32>(w + kWord * kBlockBytes);
-  const I32 low = low_codes(word), high = high_codes(word);
+#ifndef QPREF
+#define QPREF 0
+#endif
+#ifndef QBLOCKS
+#define QBLOCKS 1
+#endif
+template <int kWord, int B, int R, class Sum>
+QUAROT_INLINE void add_word(Sum (&sum)[B][R], const uint8_t* w, int64_t w_stride, const int8_t* x,
+                            int64_t x_stride) {
   x += kWord * kColumns;
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-    sum[r].template add<2 * kWord>(low, broadcast4(x + r * stride));
-    sum[r].template add<2 * kWord + 1>(high, broadcast4(x + r * stride + kStepColumns));
+  for (int b = 0; b < B; ++b) {
+    if (QPREF) __builtin_prefetch(w + b * w_stride + kWord * kBlockBytes + QPREF);
+    const I32 word = load_as<I32>(w + b * w_stride + kWord * kBlockBytes);
+    const I32 low = low_codes(word), high = high_codes(word);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      sum[b][r].template add<2 * kWord>(low, broadcast4(x + r * x_stride));
+      sum[b][r].template add<2 * kWord + 1>(high, broadcast4(x + r * x_stride + kStepColumns));
+    }
   }
 }
 
-/// acc [R]  <-  x [R, columns], rows `stride` apart, times packed weights w [columns / 8, 64]
-/// bytes.
-template <int R>
-QUAROT_INLINE void multiply_packed(I32 (&acc)[R], const int8_t* x, int64_t stride, const uint8_t* w,
-                                   int64_t columns) {
+/// acc [B, R]  <-  x [R, columns], rows x_stride apart, times packed weights w [B, columns / 8, 64]
+/// bytes, blocks w_stride apart.
+template <int B, int R>
+QUAROT_INLINE void multiply_packed(I32 (&acc)[B][R], const int8_t* x, int64_t x_stride,
+                                   const uint8_t* w, int64_t w_stride, int64_t columns) {
   static_assert(kRunWords == 4);
-  DotSum<8 / R> sum[R];
+  DotSum<(8 / (R * B) > 1 ? 8 / (R * B) : 1)> sum[B][R];
+  const auto each = [&](const auto& f) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) sum[r].clear();
+    for (int b = 0; b < B; ++b) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) f(b, r);
+    }
+  };
+  each([&](int b, int r) __attribute__((always_inline)) { sum[b][r].clear(); });
   int64_t words = columns / kColumns;
   for (; words >= kRunWords; words -= kRunWords) {
-    add_word<0>(sum, w, x, stride);
-    add_word<1>(sum, w, x, stride);
-    add_word<2>(sum, w, x, stride);
-    add_word<3>(sum, w, x, stride);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) sum[r].widen();
+    add_word<0>(sum, w, w_stride, x, x_stride);
+    add_word<1>(sum, w, w_stride, x, x_stride);
+    add_word<2>(sum, w, w_stride, x, x_stride);
+    add_word<3>(sum, w, w_stride, x, x_stride);
+    each([&](int b, int r) __attribute__((always_inline)) { sum[b][r].widen(); });
     w += kRunWords * kBlockBytes;
     x += kRunWords * kColumns;
   }
   for (; words > 0; --words) {
-    add_word<0>(sum, w, x, stride);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) sum[r].widen();
+    add_word<0>(sum, w, w_stride, x, x_stride);
+    each([&](int b, int r) __attribute__((always_inline)) { sum[b][r].widen(); });
     w += kBlockBytes;
     x += kColumns;
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) acc[r] = sum[r].total();
+  each([&](int b, int r) __attribute__((always_inline)) { acc[b][r] = sum[b][r].total(); });
 }
 
 /// acc [R, 16] += x [R, columns] (rows kRowStride apart) * unpacked weights w [columns / 4, 64].
@@ -192,27 +206,36 @@ QUAROT_INLINE void finish(const LinearInt4Args& a, int64_t row, int64_t channel,
 
 // ---- Few rows -----------------------------------------------------------------------------------
 
-/// All R = m rows of a block of 16 channels. x_sums: [groups, R].
-template <int R>
-QUAROT_INLINE void run_block(const LinearInt4Args& a, const int32_t* x_sums, int64_t block) {
-  const int64_t width = a.k / a.groups;
-  const auto* w = static_cast<const uint8_t*>(a.w) + block * (a.k / kColumns) * kBlockBytes;
-  F32 y[R];
+/// All R = m rows of B blocks of 16 channels. x_sums: [groups, R].
+template <int R, int B>
+QUAROT_INLINE void run_blocks(const LinearInt4Args& a, const int32_t* x_sums, int64_t block) {
+  const int64_t width = a.k / a.groups, w_stride = a.k / kColumns * kBlockBytes;
+  const auto* w = static_cast<const uint8_t*>(a.w) + block * w_stride;
+  F32 y[B][R];
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) y[r] = f32(0);
+  for (int b = 0; b < B; ++b) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) y[b][r] = f32(0);
+  }
   for (int64_t group = 0; group < a.groups; ++group) {
-    const GroupOfChannels channels = load_group(a, block * kLanes, group);
-    I32 acc[R];
-    multiply_packed<R>(acc, a.x + group * width, a.k, w + group * width / kColumns * kBlockBytes,
-                       width);
+    I32 acc[B][R];
+    multiply_packed(acc, a.x + group * width, a.k, w + group * width / kColumns * kBlockBytes,
+                    w_stride, width);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const F32 part = scaled(a, r, acc[r], x_sums[group * R + r], channels);
-      y[r] = group == 0 ? part : y[r] + part;
+    for (int b = 0; b < B; ++b) {
+      const GroupOfChannels channels = load_group(a, (block + b) * kLanes, group);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const F32 part = scaled(a, r, acc[b][r], x_sums[group * R + r], channels);
+        y[b][r] = group == 0 ? part : y[b][r] + part;
+      }
     }
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) finish(a, r, block * kLanes, y[r]);
+  for (int b = 0; b < B; ++b) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) finish(a, r, (block + b) * kLanes, y[b][r]);
+  }
 }
 
 template <int R>
@@ -229,7 +252,10 @@ void run_packed(const LinearInt4Args& a, const Executor& executor) {
     }
   }
   parallel_rows(executor, ceil_div(a.n, kLanes), a.k, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) run_block<R>(a, x_sums, block);
+    constexpr int kStreams = R == 1 ? QBLOCKS : 1;
+    int64_t block = begin;
+    for (; block + kStreams <= end; block += kStreams) run_blocks<R, kStreams>(a, x_sums, block);
+    for (; block < end; ++block) run_blocks<R, 1>(a, x_sums, block);
   });
 }
 
