@@ -6,18 +6,21 @@
 // from memory to registers and never back: a shift and two masks make of 64 bytes the codes of 8
 // columns. The bound is memory: n * k / 2 bytes.
 //
-// More rows: a task is a block of at most 72 rows times a chunk of at most 8 x 16 channels. It
+// More rows: a task is a block of at most 128 rows times a chunk of at most 8 x 16 channels. It
 // walks the columns in segments of at most 1024, which end where a weight group ends:
 //
-//   copy the segment of its rows                    72 x 1 KB, L2, off the strides that collide in
+//   copy the segment of its rows                    128 x 1 KB, L2, off the strides that collide in
 //   L1 for each block of 16 channels:
 //     unpack the segment's weights to bytes         1024 x 16 = 16 KB, L1; once for all rows
 //     for each kRows rows: kRows x 16 int32 in registers += the segment
 //     where a group ends: scale
 //
-// The bound is the multiplier: 64 multiply-adds a vpdpbusd.
+// The bound is the multiplier: 64 multiply-adds a vpdpbusd. The variant amx has a multiplier of 16
+// x 16 x 64 (tdpbsud), to which the unpacked weights are a tile as they are: its tasks take two
+// blocks of channels and 32 rows at a time, 4 tiles of sums, and read x where it lies.
+//
 // Sums are exact and each output is scaled by itself, so the blocking never shows in a result.
-// Above 300 lines: both directions of the layout stand beside the loop that reads it.
+// Above 300 lines: both directions of the layout stand beside the loops that read it.
 #include "kernels/cpu/any_dtype.h"
 #include "kernels/cpu/dot.h"
 #include "kernels/cpu/parallel.h"
@@ -34,7 +37,7 @@ static_assert(kLanes == kLinearInt4Channels);
 constexpr int kRows = kRegisterBytes == 64 ? 12 : kRegisterBytes == 32 ? 6 : 2;
 // Up to so many rows unpack in registers: beyond, unpacking once through L1 is faster.
 constexpr int kPackedRows = kRegisterBytes == 64 ? 4 : 2;
-constexpr int64_t kBlockRows = 72;  // whole kRows in every variant
+constexpr int64_t kBlockRows = 128;
 constexpr int64_t kSegment = 1024;
 constexpr int64_t kRowStride = kSegment + 64;  // of copied rows: not a multiple of a page's part
 constexpr int64_t kChunkBlocks = 8;
@@ -45,6 +48,8 @@ constexpr int64_t kStepBytes = kLanes * 4;
 constexpr int64_t kStepColumns = 4;
 constexpr int kWordSteps = 2;
 constexpr int kRunWords = kDotRun / kWordSteps;
+/// How far ahead of the weights in use memory is asked for; measured, as is reading two blocks.
+constexpr int64_t kPrefetch = 2048;
 /// What the unsigned codes have on top of the signed ones.
 constexpr int32_t kOffset = kLinearInt4Offset;
 static_assert(kOffset + 7 <= kDotMaxUnsigned);
@@ -55,19 +60,13 @@ QUAROT_INLINE I32 high_codes(const I32& word) { return (word >> 4) & i32(0x0f0f0
 
 // ---- Rows x 16 channels -------------------------------------------------------------------------
 
-#ifndef QPREF
-#define QPREF 0
-#endif
-#ifndef QBLOCKS
-#define QBLOCKS 1
-#endif
 template <int kWord, int B, int R, class Sum>
 QUAROT_INLINE void add_word(Sum (&sum)[B][R], const uint8_t* w, int64_t w_stride, const int8_t* x,
                             int64_t x_stride) {
   x += kWord * kColumns;
 #pragma GCC unroll 4
   for (int b = 0; b < B; ++b) {
-    if (QPREF) __builtin_prefetch(w + b * w_stride + kWord * kBlockBytes + QPREF);
+    __builtin_prefetch(w + b * w_stride + kWord * kBlockBytes + kPrefetch);
     const I32 word = load_as<I32>(w + b * w_stride + kWord * kBlockBytes);
     const I32 low = low_codes(word), high = high_codes(word);
 #pragma GCC unroll 4
@@ -206,7 +205,7 @@ QUAROT_INLINE void finish(const LinearInt4Args& a, int64_t row, int64_t channel,
 
 // ---- Few rows -----------------------------------------------------------------------------------
 
-/// All R = m rows of B blocks of 16 channels. x_sums: [groups, R].
+/// All R = m rows of B blocks of 16 channels.
 template <int R, int B>
 QUAROT_INLINE void run_blocks(const LinearInt4Args& a, const int32_t* x_sums, int64_t block) {
   const int64_t width = a.k / a.groups, w_stride = a.k / kColumns * kBlockBytes;
@@ -226,7 +225,7 @@ QUAROT_INLINE void run_blocks(const LinearInt4Args& a, const int32_t* x_sums, in
       const GroupOfChannels channels = load_group(a, (block + b) * kLanes, group);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const F32 part = scaled(a, r, acc[b][r], x_sums[group * R + r], channels);
+        const F32 part = scaled(a, r, acc[b][r], x_sums[r * a.groups + group], channels);
         y[b][r] = group == 0 ? part : y[b][r] + part;
       }
     }
@@ -239,20 +238,12 @@ QUAROT_INLINE void run_blocks(const LinearInt4Args& a, const int32_t* x_sums, in
 }
 
 template <int R>
-void run_packed(const LinearInt4Args& a, const Executor& executor) {
+void run_packed(const LinearInt4Args& a, const int32_t* x_sums, const Executor& executor) {
   if constexpr (R > 1) {
-    if (a.m < R) return run_packed<R - 1>(a, executor);
-  }
-  const int64_t width = a.k / a.groups;
-  const Scratch scratch(R * a.groups);
-  auto* x_sums = reinterpret_cast<int32_t*>(scratch.data());
-  for (int64_t group = 0; group < a.groups; ++group) {
-    for (int r = 0; r < R; ++r) {
-      x_sums[group * R + r] = sum_bytes(a.x + r * a.k + group * width, width);
-    }
+    if (a.m < R) return run_packed<R - 1>(a, x_sums, executor);
   }
   parallel_rows(executor, ceil_div(a.n, kLanes), a.k, [&](int64_t begin, int64_t end) {
-    constexpr int kStreams = R == 1 ? QBLOCKS : 1;
+    constexpr int kStreams = R == 1 ? 2 : 1;
     int64_t block = begin;
     for (; block + kStreams <= end; block += kStreams) run_blocks<R, kStreams>(a, x_sums, block);
     for (; block < end; ++block) run_blocks<R, 1>(a, x_sums, block);
@@ -261,53 +252,15 @@ void run_packed(const LinearInt4Args& a, const Executor& executor) {
 
 // ---- Many rows ----------------------------------------------------------------------------------
 
-/// A thread's memory; each part is [channel blocks of the chunk,] rows, ....
-struct Buffers {
-  int32_t* acc;    // [kChunkBlocks, kBlockRows, 16], zero between groups
-  float* y;        // [kChunkBlocks, kBlockRows, 16]
-  int8_t* x;       // [kBlockRows, kRowStride]
-  int32_t* x_sum;  // [kBlockRows] of the group so far
-  uint8_t* w;      // [kSegment / 4, 64]
+/// The part of the output that a task makes.
+struct Tile {
+  int64_t row, rows, block, blocks;  // of 16 channels
 };
 
-void run_task(const LinearInt4Args& a, const Buffers& buffers, int64_t row, int64_t rows,
-              int64_t first_block, int64_t blocks) {
-  const auto* weights = static_cast<const uint8_t*>(a.w);
-  const int64_t width = a.k / a.groups;
-  for (int64_t begin = 0, end; begin < a.k; begin = end) {
-    const int64_t group = begin / width;
-    const int64_t group_end = (group + 1) * width;
-    end = begin + kSegment < group_end ? begin + kSegment : group_end;
-    for (int64_t r = 0; r < rows; ++r) {
-      int8_t* x = buffers.x + r * kRowStride;
-      __builtin_memcpy(x, a.x + (row + r) * a.k + begin, static_cast<size_t>(end - begin));
-      const int32_t sum = sum_bytes(x, end - begin);
-      buffers.x_sum[r] = begin == group * width ? sum : buffers.x_sum[r] + sum;
-    }
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t block = first_block + b;
-      int32_t* acc = buffers.acc + b * kBlockRows * kLanes;
-      float* y = buffers.y + b * kBlockRows * kLanes;
-      unpack(buffers.w, weights + (block * a.k + begin) / kColumns * kBlockBytes, end - begin);
-      accumulate<kRows>(acc, buffers.x, rows, buffers.w, end - begin);
-      if (end < group_end) continue;
-      const GroupOfChannels channels = load_group(a, block * kLanes, group);
-      for (int64_t r = 0; r < rows; ++r, acc += kLanes, y += kLanes) {
-        F32 value = scaled(a, row + r, load(acc), buffers.x_sum[r], channels);
-        if (group > 0) value = load(y) + value;
-        if (end == a.k) {
-          finish(a, row + r, block * kLanes, value);
-        } else {
-          store(y, value);
-        }
-        store(acc, i32(0));
-      }
-    }
-  }
-}
-
-void run_unpacked(const LinearInt4Args& a, const Executor& executor) {
-  // Blocks of rows as equal as can be.
+/// Calls task(tile, scratch) for tiles that cover the output; `scratch_bytes` are a thread's.
+template <class Task>
+QUAROT_INLINE void for_each_tile(const LinearInt4Args& a, int64_t scratch_bytes,
+                                 const Executor& executor, const Task& task) {
   const int64_t row_blocks = ceil_div(a.m, kBlockRows);
   const int64_t blocks = ceil_div(a.n, kLanes);
   // At least four tasks a thread where there are blocks enough, so that the threads end together.
@@ -317,21 +270,169 @@ void run_unpacked(const LinearInt4Args& a, const Executor& executor) {
   const int64_t work = ceil_div(a.m, row_blocks) * chunk * a.k / 4;
   // Consecutive tasks share their weights: those are read from memory once.
   parallel_rows(executor, tasks, work, [&](int64_t begin, int64_t end) {
-    constexpr int64_t kSums = kChunkBlocks * kBlockRows * kLanes;
-    const Scratch acc(kSums), y(kSums), x(kBlockRows * kRowStride / 4), x_sum(kBlockRows);
-    const Scratch w(kSegment / kStepColumns * kLanes);
-    const Buffers buffers{
-        reinterpret_cast<int32_t*>(acc.data()), y.data(), reinterpret_cast<int8_t*>(x.data()),
-        reinterpret_cast<int32_t*>(x_sum.data()), reinterpret_cast<uint8_t*>(w.data())};
-    __builtin_memset(buffers.acc, 0, static_cast<size_t>(kSums) * sizeof(int32_t));
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t part = task % row_blocks;
-      const int64_t row = a.m * part / row_blocks, rows = a.m * (part + 1) / row_blocks - row;
-      const int64_t block = task / row_blocks * chunk;
-      run_task(a, buffers, row, rows, block, blocks - block < chunk ? blocks - block : chunk);
+    const Scratch scratch(scratch_bytes / 4);
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t row = t % row_blocks * kBlockRows, block = t / row_blocks * chunk;
+      const int64_t rows = a.m - row < kBlockRows ? a.m - row : kBlockRows;
+      task(Tile{row, rows, block, blocks - block < chunk ? blocks - block : chunk}, scratch.data());
     }
   });
 }
+
+/// Scales the sums acc [rows, 16] of a group, adds them to y [rows, 16] (which holds the groups
+/// before), and writes the output after the last one.
+void end_group(const LinearInt4Args& a, const Tile& tile, int64_t block, int64_t group,
+               const int32_t* acc, float* y, const int32_t* x_sums) {
+  const GroupOfChannels channels = load_group(a, block * kLanes, group);
+  for (int64_t r = tile.row; r < tile.row + tile.rows; ++r, acc += kLanes, y += kLanes) {
+    F32 value = scaled(a, r, load(acc), x_sums[r * a.groups + group], channels);
+    if (group > 0) value = load(y) + value;
+    if (group + 1 == a.groups) {
+      finish(a, r, block * kLanes, value);
+    } else {
+      store(y, value);
+    }
+  }
+}
+
+constexpr int64_t kSumsBytes = kBlockRows * kLanes * 4;  // of a block's acc or y
+constexpr int64_t kUnpackedBytes = kSegment * kLanes;
+
+#if defined(__AMX_INT8__)
+
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kTileColumns = 64;
+
+/// Has what was written before, at p too, in memory: GCC 12's intrinsics do not say what they read.
+QUAROT_INLINE void before_tiles_read(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
+
+/// Eight tiles, of which 0, 1 (and 2, 3) are sums, 4, 5 rows of x, 6, 7 weights.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+  /// For two tiles of `first` and `second` rows.
+  TileConfig(int64_t first, int64_t second) {
+    for (int i = 0; i < 8; ++i) {
+      const int64_t of_x = i % 2 == 0 ? first : second;
+      rows[i] = static_cast<uint8_t>(i < 6 ? of_x : kTileRows);
+      row_bytes[i] = of_x == 0 && i < 6 ? 0 : 64;
+    }
+  }
+};
+
+/// acc [2, rows, 16] (blocks kBlockRows apart) = (add ? acc : 0) + x [rows, columns] (a.k apart) *
+/// w [2, columns / 4, 64]. columns % 64 = 0.
+template <bool kSecond>
+QUAROT_INLINE void accumulate_tiles(int32_t* acc, const int8_t* x, int64_t x_stride,
+                                    const uint8_t* w, int64_t columns, bool add) {
+  int32_t* below = acc + kTileRows * kLanes;
+  constexpr int64_t kNext = kBlockRows * kLanes;
+  if (add) {
+    _tile_loadd(0, acc, 64);
+    _tile_loadd(2, acc + kNext, 64);
+    if (kSecond) _tile_loadd(1, below, 64);
+    if (kSecond) _tile_loadd(3, below + kNext, 64);
+  } else {
+    _tile_zero(0);
+    _tile_zero(2);
+    if (kSecond) _tile_zero(1);
+    if (kSecond) _tile_zero(3);
+  }
+  for (int64_t c = 0; c < columns; c += kTileColumns) {
+    _tile_loadd(4, x + c, x_stride);
+    _tile_loadd(6, w + c * kLanes, 64);
+    _tile_dpbsud(0, 4, 6);
+    _tile_loadd(7, w + kUnpackedBytes + c * kLanes, 64);
+    _tile_dpbsud(2, 4, 7);
+    if (kSecond) {
+      _tile_loadd(5, x + kTileRows * x_stride + c, x_stride);
+      _tile_dpbsud(1, 5, 6);
+      _tile_dpbsud(3, 5, 7);
+    }
+  }
+  _tile_stored(0, acc, 64);
+  _tile_stored(2, acc + kNext, 64);
+  if (kSecond) _tile_stored(1, below, 64);
+  if (kSecond) _tile_stored(3, below + kNext, 64);
+}
+
+void run_tile(const LinearInt4Args& a, const Tile& tile, const int32_t* x_sums, float* scratch) {
+  auto* acc = reinterpret_cast<int32_t*>(scratch);               // [2, kBlockRows, 16]
+  float* y = scratch + 2 * kSumsBytes / 4;                       // the same
+  auto* w = reinterpret_cast<uint8_t*>(y + 2 * kSumsBytes / 4);  // [2, kSegment / 4, 64]
+  const int64_t width = a.k / a.groups;
+  for (int64_t b = 0; b < tile.blocks; b += 2) {
+    const int64_t blocks = tile.blocks - b < 2 ? 1 : 2;  // of an odd one the sums are not used
+    for (int64_t begin = 0, end; begin < a.k; begin = end) {
+      const int64_t group = begin / width;
+      const int64_t group_end = (group + 1) * width;
+      end = begin + kSegment < group_end ? begin + kSegment : group_end;
+      for (int64_t i = 0; i < blocks; ++i) {
+        unpack(w + i * kUnpackedBytes,
+               static_cast<const uint8_t*>(a.w) +
+                   ((tile.block + b + i) * a.k + begin) / kColumns * kBlockBytes,
+               end - begin);
+      }
+      for (int64_t r = 0; r < tile.rows; r += 2 * kTileRows) {
+        const int64_t left = tile.rows - r;
+        const int64_t first = left < kTileRows ? left : kTileRows;
+        const int64_t second = left < 2 * kTileRows ? left - first : kTileRows;
+        const TileConfig config(first, second);
+        before_tiles_read(&config);
+        _tile_loadconfig(&config);
+        const int8_t* x = a.x + (tile.row + r) * a.k + begin;
+        if (second > 0) {
+          accumulate_tiles<true>(acc + r * kLanes, x, a.k, w, end - begin, begin > group * width);
+        } else {
+          accumulate_tiles<false>(acc + r * kLanes, x, a.k, w, end - begin, begin > group * width);
+        }
+      }
+      if (end < group_end) continue;
+      for (int64_t i = 0; i < blocks; ++i) {
+        end_group(a, tile, tile.block + b + i, group, acc + i * kSumsBytes / 4,
+                  y + i * kSumsBytes / 4, x_sums);
+      }
+    }
+  }
+  _tile_release();
+}
+
+constexpr int64_t kScratchBytes = 4 * kSumsBytes + 2 * kUnpackedBytes;
+bool fits_tiles(const LinearInt4Args& a) { return a.k / a.groups % kTileColumns == 0; }
+
+#endif
+
+void run_rows(const LinearInt4Args& a, const Tile& tile, const int32_t* x_sums, float* scratch) {
+  auto* acc = reinterpret_cast<int32_t*>(scratch);     // [kChunkBlocks, kBlockRows, 16]
+  float* y = scratch + kChunkBlocks * kSumsBytes / 4;  // the same
+  auto* w = reinterpret_cast<uint8_t*>(y + kChunkBlocks * kSumsBytes / 4);  // [kSegment / 4, 64]
+  auto* x = reinterpret_cast<int8_t*>(w + kUnpackedBytes);  // [kBlockRows, kRowStride]
+  const int64_t width = a.k / a.groups;
+  for (int64_t begin = 0, end; begin < a.k; begin = end) {
+    const int64_t group = begin / width;
+    const int64_t group_end = (group + 1) * width;
+    end = begin + kSegment < group_end ? begin + kSegment : group_end;
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      __builtin_memcpy(x + r * kRowStride, a.x + (tile.row + r) * a.k + begin,
+                       static_cast<size_t>(end - begin));
+    }
+    for (int64_t b = 0; b < tile.blocks; ++b) {
+      const int64_t block = tile.block + b;
+      int32_t* sums = acc + b * kSumsBytes / 4;
+      if (begin == group * width) {
+        __builtin_memset(sums, 0, static_cast<size_t>(tile.rows * kLanes) * sizeof(int32_t));
+      }
+      unpack(w, static_cast<const uint8_t*>(a.w) + (block * a.k + begin) / kColumns * kBlockBytes,
+             end - begin);
+      accumulate<kRows>(sums, x, tile.rows, w, end - begin);
+      if (end == group_end) end_group(a, tile, block, group, sums, y + b * kSumsBytes / 4, x_sums);
+    }
+  }
+}
+
+constexpr int64_t kRowsScratchBytes =
+    2 * kChunkBlocks * kSumsBytes + kUnpackedBytes + kBlockRows * kRowStride;
 
 }  // namespace
 
@@ -339,11 +440,26 @@ void run_unpacked(const LinearInt4Args& a, const Executor& executor) {
 
 void linear_int4(const LinearInt4Args& a, const Executor& executor) {
   if (a.m == 0 || a.n == 0) return;
-  if (a.m <= kPackedRows) {
-    run_packed<kPackedRows>(a, executor);
-  } else {
-    run_unpacked(a, executor);
+  const Scratch sums(a.m * a.groups);
+  auto* x_sums = reinterpret_cast<int32_t*>(sums.data());  // [m, groups]
+  const int64_t width = a.k / a.groups;
+  parallel_rows(executor, a.m, a.k / 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * a.groups; i < end * a.groups; ++i) {
+      x_sums[i] = sum_bytes(a.x + i * width, width);
+    }
+  });
+  if (a.m <= kPackedRows) return run_packed<kPackedRows>(a, x_sums, executor);
+#if defined(__AMX_INT8__)
+  if (fits_tiles(a)) {
+    return for_each_tile(a, kScratchBytes, executor,
+                         [&](const Tile& tile, float* scratch) __attribute__((always_inline)) {
+                           run_tile(a, tile, x_sums, scratch);
+                         });
   }
+#endif
+  for_each_tile(a, kRowsScratchBytes, executor,
+                [&](const Tile& tile, float* scratch)
+                    __attribute__((always_inline)) { run_rows(a, tile, x_sums, scratch); });
 }
 
 // Both directions move the nibbles of a 32-bit word; canonical: nibble c holds column c. Ours:
