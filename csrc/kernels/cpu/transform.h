@@ -20,21 +20,9 @@ namespace quarot::cpu::QUAROT_ISA {
 /// Lane i gets v[i] + v[i ^ kStride], or v[i ^ kStride] - v[i] where i & kStride.
 template <int kStride>
 QUAROT_INLINE NativeF32 butterfly(const NativeF32& v) {
-  constexpr int lanes = kRegisterBytes / 4;
-  static_assert(kStride < lanes);
-  // The vectors below are constants to the optimiser.
-  NativeI32 partner, negative;
-  for (int i = 0; i < lanes; ++i) {
-    partner[i] = i ^ kStride;
-    negative[i] = (i & kStride) != 0 ? INT32_MIN : 0;
-  }
-#if defined(__clang__)
-  NativeF32 swapped;
-  for (int i = 0; i < lanes; ++i) swapped[i] = v[i ^ kStride];
-#else
-  const NativeF32 swapped = __builtin_shuffle(v, partner);
-#endif
-  return swapped + from_bits(bits(v) ^ negative);
+  NativeI32 negative;  // a constant to the optimiser
+  for (int i = 0; i < kRegisterBytes / 4; ++i) negative[i] = (i & kStride) != 0 ? INT32_MIN : 0;
+  return swap_lanes<kStride>(v) + from_bits(bits(v) ^ negative);
 }
 template <int kStride, class Half>
 QUAROT_INLINE Pair<Half> butterfly(const Pair<Half>& v) {
