@@ -1,7 +1,7 @@
 // Attention of few query rows (decode) to 16 keys, straight from the codes: nothing is transposed
 // and no key or value is written out. Only for attention_isa.cpp.
 //
-// A code takes four instructions on its way to fp32, and two a row after that. So the lanes are the
+// A code takes four instructions on its way to fp32, and one a row after that. So the lanes are the
 // words of 32 bits in which the codes lie: lane j of a vector and its nibble (byte) i are dimension
 // kPerWord * j + i of a key. Queries and outputs are kept in that order, [kPerWord][words], and
 // vectors of 16 words are cut out of the cache as they are:
@@ -113,7 +113,7 @@ struct Few {
           const F32 code = codes(word, i, zero);
 #pragma GCC unroll 6
           for (int r = 0; r < R; ++r) {
-            sum[r] = sum[r] + code * load(q + r * kRow + i * kWidth + part * kLanes);
+            sum[r] = fma(code, load(q + r * kRow + i * kWidth + part * kLanes), sum[r]);
           }
         }
       }
@@ -158,7 +158,7 @@ struct Few {
         for (int64_t v = 0; v < kVectors; ++v) {
           const F32 code = codes(words(group, v, part), i, of_keys(group.zero, zeros, v));
 #pragma GCC unroll 6
-          for (int r = 0; r < R; ++r) sum[r] = sum[r] + code * of_keys(scaled[r], spread[r], v);
+          for (int r = 0; r < R; ++r) sum[r] = fma(code, of_keys(scaled[r], spread[r], v), sum[r]);
         }
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {

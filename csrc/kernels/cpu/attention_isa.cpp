@@ -39,6 +39,8 @@ constexpr float kInfinity = __builtin_inff();
 constexpr float kLowest = -0x1.fffffep127f;  // below any score, and finite: kLowest - kLowest is 0
 // Rows in registers, as in linear_int4_isa.cpp.
 constexpr int kBlock = kRegisterBytes == 16 ? 2 : 6;
+// Vectors of columns in registers: AVX-512 has twice the registers, and needs as many sums.
+constexpr int kColumns = kRegisterBytes == 64 ? 2 : 1;
 
 /// A thread's memory. dim is head_dim rounded up to whole vectors.
 struct Tile {
@@ -60,26 +62,41 @@ struct Tile {
 /// one chain of 256 the rounding errors were 7 times those of torch.
 constexpr int64_t kChain = 32;
 
-/// out [R, 16] = (factor ? factor [R] * out : 0) + a [R, depth] * b [depth, 16]; depth >= 1.
-template <int R>
+/// out [R, 16 C] = (factor ? factor [R] * out : 0) + a [R, depth] * b [depth, 16 C]; depth >= 1.
+template <int R, int C>
 QUAROT_INLINE void product(float* out, int64_t out_stride, const float* factor, const float* a,
                            int64_t a_stride, const float* b, int64_t b_stride, int64_t depth) {
   for (int64_t first = 0; first < depth; first += kChain) {
     const int64_t end = first + kChain < depth ? first + kChain : depth;
-    F32 sum[R];
-    for (int r = 0; r < R; ++r) sum[r] = f32(0);
-    for (int64_t i = first; i < end; ++i) {
-      const F32 column = load(b + i * b_stride);
-      for (int r = 0; r < R; ++r) sum[r] = sum[r] + column * f32(a[r * a_stride + i]);
-    }
+    F32 sum[R][C];
+#pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-      float* to = out + r * out_stride;
-      if (first > 0) {
-        sum[r] = load(to) + sum[r];
-      } else if (factor != nullptr) {
-        sum[r] = load(to) * f32(factor[r]) + sum[r];
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) sum[r][c] = f32(0);
+    }
+    for (int64_t i = first; i < end; ++i) {
+      F32 columns[C];
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) columns[c] = load(b + i * b_stride + c * kLanes);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        const F32 row = f32(a[r * a_stride + i]);
+#pragma GCC unroll 2
+        for (int c = 0; c < C; ++c) sum[r][c] = fma(row, columns[c], sum[r][c]);
       }
-      store(to, sum[r]);
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) {
+        float* to = out + r * out_stride + c * kLanes;
+        if (first > 0) {
+          sum[r][c] = load(to) + sum[r][c];
+        } else if (factor != nullptr) {
+          sum[r][c] = load(to) * f32(factor[r]) + sum[r][c];
+        }
+        store(to, sum[r][c]);
+      }
     }
   }
 }
@@ -91,9 +108,15 @@ void product_rows(float* out, int64_t out_stride, const float* factor, const flo
                   int64_t columns) {
   int64_t r = 0;
   for (; r + R <= rows; r += R) {
-    for (int64_t c = 0; c < columns; c += kLanes) {
-      product<R>(out + r * out_stride + c, out_stride, factor == nullptr ? nullptr : factor + r,
-                 a + r * a_stride, a_stride, b + c, b_stride, depth);
+    const float* f = factor == nullptr ? nullptr : factor + r;
+    int64_t c = 0;
+    for (; c + kColumns * kLanes <= columns; c += kColumns * kLanes) {
+      product<R, kColumns>(out + r * out_stride + c, out_stride, f, a + r * a_stride, a_stride,
+                           b + c, b_stride, depth);
+    }
+    for (; kColumns > 1 && c < columns; c += kLanes) {
+      product<R, 1>(out + r * out_stride + c, out_stride, f, a + r * a_stride, a_stride, b + c,
+                    b_stride, depth);
     }
   }
   if constexpr (R > 1) {
