@@ -60,7 +60,7 @@ struct Tile {
 
 /// Terms of a product that are added one after the other; longer sums are sums of such parts. In
 /// one chain of 256 the rounding errors were 7 times those of torch.
-constexpr int64_t kChain = 32;
+constexpr int64_t kChain = 16;
 
 /// out [R, 16 C] = (factor ? factor [R] * out : 0) + a [R, depth] * b [depth, 16 C]; depth >= 1.
 template <int R, int C>
