@@ -302,7 +302,7 @@ def test_info(run: Run) -> None:
     facts = only_json(out)
     assert facts["quarot"] == quarot.__version__
     assert facts["torch"] == torch.__version__
-    assert facts["cpu_isa"] in ("baseline", "avx2", "avx512")
+    assert facts["cpu_isa"] in ("baseline", "avx2", "avx512", "amx")
     assert facts["kernels"] == quarot.ops.kernels()
     assert {"hadamard", "linear_int4", "attention"} <= facts["kernels"].keys()
     code, out, _ = run("info")

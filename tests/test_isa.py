@@ -20,7 +20,7 @@ from quarot import ops
 
 _C = pytest.importorskip("quarot._C", reason="the library is not built")
 
-VARIANTS = ("avx2", "avx512")
+VARIANTS = ("avx2", "avx512", "amx")
 QUANTIZERS = (
     {"bits": 4, "symmetric": True, "clip": 0.9},
     {"bits": 4, "symmetric": False, "clip": 1.0, "packed": True},
@@ -178,7 +178,7 @@ def test_variant_equals_baseline(
 def test_unknown_variant_is_an_error_of_the_import(tmp_path: Path) -> None:
     process = spawn("sse9", tmp_path / "never.pt")
     assert process.returncode != 0
-    assert "QUAROT_CPU_ISA must be baseline, avx2 or avx512; got 'sse9'" in process.stdout
+    assert "QUAROT_CPU_ISA must be baseline, avx2, avx512 or amx; got 'sse9'" in process.stdout
 
 
 if __name__ == "__main__":

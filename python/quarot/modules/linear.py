@@ -133,14 +133,15 @@ class QuantizedLinear(nn.Module):
         """
         run = backend_ops(self.backend)
         if self.bits == 4 and x_scale is not None:
+            held = self._buffers  # not by attribute: nn.Module looks there last
             return run.linear_int4(
                 x,
                 x_scale,
                 x_zero,
-                self.weight,
-                self.weight_scale,
-                self.weight_sum,
-                self.bias,
+                held["weight"],
+                held["weight_scale"],
+                held["weight_sum"],
+                held["bias"],
                 residual,
                 out_dtype=out_dtype,
             )
