@@ -46,7 +46,7 @@ RESIDUAL_TOKENS = (1, 2048)
 MOST_TOKENS_INT4PACK = 64
 LEAST_TOKENS_INT8 = 17
 
-REPLAYS = 3
+REPLAYS = 5
 REPLAY_SECONDS = 5e-3  # of one replay, about
 MAX_CALLS = 64  # of one replay
 
@@ -95,7 +95,6 @@ def test_linear_int4(
             )
 
         _verify(run(weights[0], k), x, x_scale, packed, scales[k])
-        seconds = _seconds([lambda w=w, f=run: f(w, k) for w in weights], device)
         others = {name: peer(m) for name, peer in peers.items()}
         if m in GROUPED_TOKENS:
             for group in GROUPS:
@@ -105,9 +104,9 @@ def test_linear_int4(
             others["ours, residual"] = [
                 lambda w=w, f=run, r=residual: f(w, k, residual=r) for w in weights
             ]
-        baselines = {
-            name: _seconds(calls, device) / seconds for name, calls in others.items() if calls
-        }
+        ours = [lambda w=w, f=run: f(w, k) for w in weights]
+        times = _seconds({"ours": ours} | {name: c for name, c in others.items() if c}, device)
+        seconds = times.pop("ours")
         moved = packed.nbytes + scales[k].nbytes + x.nbytes + x_scale.nbytes
         moved += m * n * DTYPE[device].itemsize
         case = LinearCase(
@@ -116,7 +115,7 @@ def test_linear_int4(
             us=seconds * 1e6,
             gbps=moved / seconds / 1e9,
             copy_share=moved / _copy_rate(device) / seconds,
-            baselines=baselines,
+            baselines={name: time / seconds for name, time in times.items()},
             sizes={"m": m, "n": n, "k": k},
             tops=2e-12 * m * n * k / seconds,
         )
@@ -196,27 +195,46 @@ def _copy_rate(device: str) -> float:
     return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device)
 
 
-def _seconds(calls: list[Callable[[], object]], device: str) -> float:
-    """Return the median time of a call; the calls take turns."""
+def _seconds(
+    implementations: dict[str, list[Callable[[], object]]], device: str
+) -> dict[str, float]:
+    """Return the median time of a call of each; its calls take turns.
+
+    The implementations take turns as well: a GPU that has rested is faster for some milliseconds.
+    """
     if device == "cpu":
-        turns = itertools.cycle(calls)
-        return median_seconds(lambda: next(turns)(), device)
+        turns = {name: itertools.cycle(calls) for name, calls in implementations.items()}
+        return {
+            name: median_seconds(lambda turn=turn: next(turn)(), device)
+            for name, turn in turns.items()
+        }
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        calls[0]()
-        once = _elapsed(calls[0], stream)
-        count = max(len(calls), min(MAX_CALLS, int(REPLAY_SECONDS / once)))
-        if count * once > 4 * REPLAY_SECONDS:  # long calls are cold in any case
-            count = max(2, int(4 * REPLAY_SECONDS / once))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for i in range(count):
-                calls[i % len(calls)]()
-        graph.replay()
-        times = [_elapsed(graph.replay, stream) / count for _ in range(REPLAYS)]
+        graphs = {name: _graph(calls, stream) for name, calls in implementations.items()}
+        times: dict[str, list[float]] = {name: [] for name in graphs}
+        for _ in range(REPLAYS):
+            for name, (graph, count) in graphs.items():
+                times[name].append(_elapsed(graph.replay, stream) / count)
     torch.cuda.current_stream().wait_stream(stream)
-    return statistics.median(times)
+    return {name: statistics.median(measured) for name, measured in times.items()}
+
+
+def _graph(
+    calls: list[Callable[[], object]], stream: torch.cuda.Stream
+) -> tuple[torch.cuda.CUDAGraph, int]:
+    """Return a graph of some rounds of the calls, replayed once, and how many calls it has."""
+    calls[0]()
+    once = _elapsed(calls[0], stream)
+    count = max(len(calls), min(MAX_CALLS, int(REPLAY_SECONDS / once)))
+    if count * once > 4 * REPLAY_SECONDS:  # long calls are cold in any case
+        count = max(2, int(4 * REPLAY_SECONDS / once))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for i in range(count):
+            calls[i % len(calls)]()
+    graph.replay()
+    return graph, count
 
 
 def _elapsed(run: Callable[[], object], stream: torch.cuda.Stream) -> float:
