@@ -254,9 +254,7 @@ class DecoderLayer(nn.Module):
         start, lengths = cache.reserve(batch, tokens, q.device)
         ops = backend_ops(self.backend)
         buffers = cache.buffers
-        q = ops.rope_hadamard_kv_append(
-            q, k, v, cos, sin, *buffers, start, **self._append_options
-        )
+        q = ops.rope_hadamard_kv_append(q, k, v, cos, sin, *buffers, start, **self._append_options)
         cache.advance(tokens)
         if not attention.is_padding(mask, tokens):
             keys, values = cache.dequantize(q.dtype)
@@ -274,7 +272,9 @@ class DecoderLayer(nn.Module):
         )
 
     def _norm(self, name: str) -> Tensor:
-        return self._norms[name].weight
+        weight = self._norms[name].weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def _quantizer(self, site: str) -> dict[str, Any]:
         """How the activations at `site` are quantized, as the ops' keyword arguments."""
