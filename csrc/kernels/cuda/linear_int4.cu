@@ -144,13 +144,6 @@ bool run(const LinearInt4Args& args, Stream stream) {
   return (tiles && run_first(kGroupedTiles, args, stream)) || run_first(kGrouped, args, stream);
 }
 
-int capability() {
-  int device = 0, major = 0;
-  QUAROT_CUDA_CHECK(cudaGetDevice(&device));
-  QUAROT_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return major;
-}
-
 }  // namespace
 
 void prepack_int4(uint8_t* dst, const uint8_t* src, int64_t n, int64_t k, Stream stream) {
@@ -165,7 +158,7 @@ void unprepack_int4(uint8_t* dst, const uint8_t* src, int64_t n, int64_t k, Stre
          reinterpret_cast<const uint32_t*>(src), n, k, ceil_div(k, kTileColumns));
 }
 
-bool linear_int4_reads_packed() { return capability() == 8; }
+bool linear_int4_reads_packed() { return compute_major() == 8; }
 
 void linear_int4(const LinearInt4Args& args, Stream stream) {
   QUAROT_ASSERT(args.k > 0 && args.k % kLinearInt4KMultiple == 0 && args.k <= kLinearInt4KMax,
@@ -177,7 +170,7 @@ void linear_int4(const LinearInt4Args& args, Stream stream) {
                 "linear_int4: with packed x, groups must be multiples of 64 columns");
   QUAROT_ASSERT(args.x_zero == nullptr || args.w_sum != nullptr, "linear_int4: x_zero needs w_sum");
   if (args.m == 0) return;
-  if (is_prefill(args) && !args.x_packed && capability() == 9 && linear_int4_prefill_fits(args)) {
+  if (is_prefill(args) && !args.x_packed && linear_int4_prefill_fits(args)) {
     return linear_int4_prefill(args, stream);
   }
   QUAROT_ASSERT(run(args, stream), "linear_int4: no kernel fits this device's shared memory");

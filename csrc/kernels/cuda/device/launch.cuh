@@ -20,6 +20,14 @@ struct DeviceLimits {
   bool starts_early;  // programmatic dependent launch, sm_90
 };
 
+/// The current device's compute capability, without the minor number.
+inline int compute_major() {
+  int device = 0, major = 0;
+  QUAROT_CUDA_CHECK(cudaGetDevice(&device));
+  QUAROT_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major;
+}
+
 inline DeviceLimits device_limits() {
   int device = 0;
   DeviceLimits limits{};
@@ -30,9 +38,7 @@ inline DeviceLimits device_limits() {
                                            cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   QUAROT_CUDA_CHECK(cudaDeviceGetAttribute(&limits.processor_shared_bytes,
                                            cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-  int major = 0;
-  QUAROT_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  limits.starts_early = major >= 9;
+  limits.starts_early = compute_major() >= 9;
   return limits;
 }
 

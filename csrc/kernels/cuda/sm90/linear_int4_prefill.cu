@@ -87,10 +87,7 @@ bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 
 /// Whether the current device runs this file's sm_90a code.
 bool is_compiled_for_device() {
-  int device = 0, major = 0;
-  QUAROT_CUDA_CHECK(cudaGetDevice(&device));
-  QUAROT_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  if (major != 9) return false;
+  if (compute_major() != 9) return false;
   static const bool compiled = [] {
     cudaFuncAttributes attributes{};
     const cudaError_t status =
