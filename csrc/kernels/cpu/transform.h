@@ -88,6 +88,8 @@ inline constexpr int64_t kGroupRows = 4;
 inline constexpr int64_t kGroupSums = 1 << kGroupRows;
 /// Groups whose sums are in memory at a time: 16 KB, half of a small L1.
 inline constexpr int64_t kRunGroups = 16;
+/// Outputs that are summed side by side, which hides the latency of an addition.
+inline constexpr int kOutputs = kRegisterBytes == 64 ? 8 : 4;
 
 /// sums [16, 16 lanes]: entry i is +-x0 +- x1 +- x2 +- x3, minus where i has the row's bit.
 QUAROT_INLINE void group_sums(const F32& x0, const F32& x1, const F32& x2, const F32& x3,
@@ -98,21 +100,21 @@ QUAROT_INLINE void group_sums(const F32& x0, const F32& x1, const F32& x2, const
   for (int i = 0; i < kGroupSums; ++i) store(sums + i * kLanes, low[i % 4] + high[i / 4]);
 }
 
-/// x[a ... a + kOutputs)[c ...] = (base ? base[a ...] : 0) + sums of `groups` groups; choice:
+/// x[a ... a + N)[c ...] = (base ? base[a ...] : 0) + sums of `groups` groups; choice:
 /// [groups, order] offsets into a group's sums.
-template <int kOutputs>
+template <int N>
 QUAROT_INLINE void factor_outputs(float* x, int64_t stride, int64_t valid, const float* base,
                                   const float* sums, const uint16_t* choice, int64_t order,
                                   int64_t groups) {
-  F32 total[kOutputs];
-#pragma GCC unroll 4
-  for (int o = 0; o < kOutputs; ++o) total[o] = base == nullptr ? f32(0) : load(base + o * kLanes);
+  F32 total[N];
+#pragma GCC unroll 8
+  for (int o = 0; o < N; ++o) total[o] = base == nullptr ? f32(0) : load(base + o * kLanes);
   for (int64_t g = 0; g < groups; ++g, sums += kGroupSums * kLanes, choice += order) {
-#pragma GCC unroll 4
-    for (int o = 0; o < kOutputs; ++o) total[o] = total[o] + load(sums + choice[o]);
+#pragma GCC unroll 8
+    for (int o = 0; o < N; ++o) total[o] = total[o] + load(sums + choice[o]);
   }
-#pragma GCC unroll 4
-  for (int o = 0; o < kOutputs; ++o) store_upto<DType::f32>(x + o * stride, 0, valid, total[o]);
+#pragma GCC unroll 8
+  for (int o = 0; o < N; ++o) store_upto<DType::f32>(x + o * stride, 0, valid, total[o]);
 }
 
 /// x[a][c] <- sum over b of x[b][c] * sign[b][a] for a block [K][columns], K = order.
@@ -136,15 +138,14 @@ QUAROT_INLINE void factor_outputs(float* x, int64_t stride, int64_t valid, const
       const int64_t stride = last ? columns : kLanes;
       const int64_t valid = last ? columns - c : kLanes;
       const uint16_t* chosen = choice + first * order;
+      const auto outputs = [&]<int N>(int64_t a) __attribute__((always_inline)) {
+        factor_outputs<N>(to + a * stride, stride, valid, first == 0 ? nullptr : out + a * kLanes,
+                          sums, chosen + a, order, count);
+      };
       int64_t a = 0;
-      for (; a + 4 <= order; a += 4) {
-        factor_outputs<4>(to + a * stride, stride, valid, first == 0 ? nullptr : out + a * kLanes,
-                          sums, chosen + a, order, count);
-      }
-      for (; a < order; ++a) {
-        factor_outputs<1>(to + a * stride, stride, valid, first == 0 ? nullptr : out + a * kLanes,
-                          sums, chosen + a, order, count);
-      }
+      for (; a + kOutputs <= order; a += kOutputs) outputs.template operator()<kOutputs>(a);
+      for (; a + 4 <= order; a += 4) outputs.template operator()<4>(a);
+      for (; a < order; ++a) outputs.template operator()<1>(a);
     }
   }
 }
