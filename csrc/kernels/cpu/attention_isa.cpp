@@ -2,7 +2,7 @@
 //
 // A task is one sequence, one cache head, and a block of at most 64 query rows: row = (query s,
 // head of the group), so that all heads which share a cache head share its dequantized keys. It
-// walks the keys it may see in tiles of 64:
+// walks the keys it may see in tiles of 64 (blocks of a paged cache are whole 16 keys):
 //
 //   K [head_dim][64]       <- keys, fp32, transposed: 32-bit words of 16 keys side by side, then
 //                             the 8 nibbles (4 bytes) of each word
@@ -36,6 +36,12 @@ constexpr float kInfinity = __builtin_inff();
 constexpr float kLowest = -0x1.fffffep127f;  // below any score, and finite: kLowest - kLowest is 0
 // Rows in registers, as in linear_int4_isa.cpp.
 constexpr int kBlock = kRegisterBytes == 16 ? 2 : 6;
+
+/// Where the keys of a tile stand: slot [i] has key 16 i, the next ones follow it.
+struct Slots {
+  int64_t of[kKeys / kLanes];
+};
+static_assert(kPageMultiple % kLanes == 0);
 
 /// A thread's memory. dim is head_dim rounded up to whole vectors.
 struct Tile {
@@ -113,9 +119,9 @@ QUAROT_INLINE void load_grid(const KvCacheView& cache, int64_t slot, int64_t cou
   scale = load_upto<DType::f16>(cache.scale, slot, slot + count);
 }
 
-/// k [dim, kKeys]  <-  slots [slot, slot + count), count <= kKeys; columns beyond are 0.
+/// k [dim, kKeys]  <-  the first `count` slots, count <= kKeys; columns beyond are 0.
 template <int kBits>
-void dequantize_keys(const KvCacheView& cache, int64_t slot, int64_t count, int64_t head_dim,
+void dequantize_keys(const KvCacheView& cache, const Slots& slots, int64_t count, int64_t head_dim,
                      float* k) {
   constexpr int kPerWord = 32 / kBits;
   const int64_t row_bytes = head_dim * kBits / 8;
@@ -124,9 +130,10 @@ void dequantize_keys(const KvCacheView& cache, int64_t slot, int64_t count, int6
     const int64_t valid = left < 0 ? 0 : left < kLanes ? left : kLanes;
     F32 scale;
     I32 zero;
-    load_grid(cache, slot + first, valid, scale, zero);
+    const int64_t slot = slots.of[first / kLanes];
+    load_grid(cache, slot, valid, scale, zero);
     int32_t words[kMaxHeadDim / kPerWord * kLanes];  // [word, key]
-    const uint8_t* codes = cache.codes + (slot + first) * row_bytes;
+    const uint8_t* codes = cache.codes + slot * row_bytes;
     for (int64_t w = 0; w < head_dim / kPerWord; ++w) {
       for (int64_t key = 0; key < kLanes; ++key) {
         int32_t word = 0;
@@ -144,11 +151,11 @@ void dequantize_keys(const KvCacheView& cache, int64_t slot, int64_t count, int6
   }
 }
 
-/// v [kKeys, dim] and poison [kKeys]  <-  slots [slot, slot + count), count <= kKeys; rows beyond
-/// are 0.
+/// v [kKeys, dim] and poison [kKeys]  <-  the first `count` slots, count <= kKeys; rows beyond are
+/// 0.
 template <int kBits>
-void dequantize_values(const KvCacheView& cache, int64_t slot, int64_t count, int64_t head_dim,
-                       const Tile& t) {
+void dequantize_values(const KvCacheView& cache, const Slots& slots, int64_t count,
+                       int64_t head_dim, const Tile& t) {
   const int64_t row_bytes = head_dim * kBits / 8;
   constexpr int64_t kStep = kLanes * kBits / 8;  // bytes of a vector
   for (int64_t first = 0; first < kKeys; first += kLanes) {
@@ -156,7 +163,8 @@ void dequantize_values(const KvCacheView& cache, int64_t slot, int64_t count, in
     const int64_t valid = left < 0 ? 0 : left < kLanes ? left : kLanes;
     F32 scale;
     I32 zero;
-    load_grid(cache, slot + first, valid, scale, zero);
+    const int64_t slot = slots.of[first / kLanes];
+    load_grid(cache, slot, valid, scale, zero);
     const F32 difference = scale - scale;  // 0, or NaN
     store(t.poison + first, difference);
     float scales[kLanes];
@@ -165,7 +173,7 @@ void dequantize_values(const KvCacheView& cache, int64_t slot, int64_t count, in
     store(zeros, zero);
     for (int64_t key = 0; key < kLanes; ++key) {
       float* row = t.v + (first + key) * t.dim;
-      const uint8_t* codes = cache.codes + (slot + first + key) * row_bytes;
+      const uint8_t* codes = cache.codes + (slot + key) * row_bytes;
       for (int64_t i = 0; i < t.dim; i += kLanes, codes += kStep) {
         F32 value = f32(0);
         if (key < valid) {
@@ -204,13 +212,15 @@ QUAROT_INLINE I32 load_mask(const bool* mask, int64_t c, int64_t count) {
 }
 
 /// Turns a row of scores of `count` keys into weights exp(score - maximum); updates maximum, sum
-/// and factor of row r. The row may see its first `seen` keys, where mask (null: all) is true.
-QUAROT_INLINE void softmax_row(const Tile& t, int64_t r, int64_t count, int64_t seen,
+/// and factor of row r. The row may see the keys in [from, seen), each in [0, kKeys], where mask
+/// (null: all) is true.
+QUAROT_INLINE void softmax_row(const Tile& t, int64_t r, int64_t count, int64_t from, int64_t seen,
                                const bool* mask) {
   float* scores = t.scores + r * kKeys;
   F32 maxima = f32(t.maximum[r]);
   for (int64_t c = 0; c < kKeys; c += kLanes) {
-    I32 visible = greater(i32(static_cast<int32_t>(seen - c)), lane_numbers());
+    const I32 visible_below = greater(i32(static_cast<int32_t>(seen - c)), lane_numbers());
+    I32 visible = visible_below & greater(lane_numbers(), i32(static_cast<int32_t>(from - c - 1)));
     if (mask != nullptr) visible = visible & load_mask(mask, c, count);
     const F32 score = select(visible, load(scores + c) + load(t.poison + c), f32(-kInfinity));
     store(scores + c, score);
@@ -263,15 +273,21 @@ void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t b
                         __attribute__((always_inline)) { return length - a.seq + block.s(r) + 1; };
   const int64_t last = seen(block.rows - 1);
   end = end < last ? end : last;
-  const int64_t slots = (block.b * a.kv_heads + block.head) * a.capacity;
+  const int64_t outside = (seen(0) - a.window - begin) / kKeys * kKeys;  // of the window
+  if (outside > 0) begin += outside;
   for (int64_t key = begin; key < end; key += kKeys) {
     const int64_t count = end - key < kKeys ? end - key : kKeys;
+    Slots slots{};
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const TokenPlace place = place_of(a.pages, a.kv_heads, a.capacity, block.b, key + i);
+      slots.of[i / kLanes] = place.first + block.head * place.apart;
+    }
     if (a.bits == 4) {
-      dequantize_keys<4>(a.k, slots + key, count, a.head_dim, t.k);
-      dequantize_values<4>(a.v, slots + key, count, a.head_dim, t);
+      dequantize_keys<4>(a.k, slots, count, a.head_dim, t.k);
+      dequantize_values<4>(a.v, slots, count, a.head_dim, t);
     } else {
-      dequantize_keys<8>(a.k, slots + key, count, a.head_dim, t.k);
-      dequantize_values<8>(a.v, slots + key, count, a.head_dim, t);
+      dequantize_keys<8>(a.k, slots, count, a.head_dim, t.k);
+      dequantize_values<8>(a.v, slots, count, a.head_dim, t);
     }
     product_rows<kBlock>(t.scores, kKeys, nullptr, t.q, t.dim, t.k, kKeys, a.head_dim, block.rows,
                          kKeys);
@@ -280,8 +296,11 @@ void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t b
                                            : a.mask + block.b * a.mask_batch_stride +
                                                  block.query_head(r) * a.mask_head_stride +
                                                  block.s(r) * a.mask_seq_stride + key;
+      const auto within = [](int64_t at) __attribute__((always_inline)) {
+        return at < 0 ? 0 : at < kKeys ? at : kKeys;
+      };
       const int64_t visible = seen(r) - key;
-      softmax_row(t, r, count, visible < 0 ? 0 : visible < kKeys ? visible : kKeys, mask);
+      softmax_row(t, r, count, within(visible - a.window), within(visible), mask);
     }
     product_rows<kBlock>(t.out, t.dim, t.factor, t.scores, kKeys, t.v, t.dim, kKeys, block.rows,
                          t.dim);
@@ -336,7 +355,7 @@ void run_task(const AttentionArgs& a, const AttentionSplit& split, const Tile& t
   const int64_t first = whole ? turn * kRows : 0;
   const int64_t count = rows - first < kRows ? rows - first : kRows;
   const Block block{pair / a.kv_heads, pair % a.kv_heads, first, count, group};
-  const int64_t key = whole ? 0 : part * split.keys;
+  const int64_t key = attention_begin(a, a.lengths[block.b]) + (whole ? 0 : part * split.keys);
   attend(a, block, t, key, key + split.keys);
   for (int64_t r = 0; r < count; ++r) {
     const int64_t at = row_offset(a, block, r);

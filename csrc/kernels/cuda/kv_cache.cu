@@ -167,8 +167,10 @@ __global__ void __launch_bounds__(kThreads, 5)
   load_next(begin);
 
   const int64_t position = int64_t{a.start[b]} + s;
-  const bool stored = active && position >= 0 && position < a.capacity;
-  const int64_t first_slot = int64_t{b} * kv_heads * a.capacity + position;
+  bool stored = active && position >= 0 && position < a.capacity;
+  TokenPlace place{};
+  if (stored) place = place_of(a.pages, kv_heads, a.capacity, b, position);
+  stored = stored && place.first >= 0;
   char* q_out = static_cast<char*>(a.q_out) +
                 ((int64_t{token} * heads + begin) * kHeadDim + first) * bytes_of(kDtype);
   // Dimensions p and q, half a head apart, become p m[0] + q m[1] and p m[2] + q m[3]: RoPE, and
@@ -237,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, 5)
         }
         const KvCache& cache = kKind == Kind::key ? a.k_cache : a.v_cache;
         const KvGrid grid = kv_grid(range, kKind == Kind::key ? a.k_clip : a.v_clip, a.bits);
-        const int64_t slot = first_slot + (head - first_head) * a.capacity;
+        const int64_t slot = place.first + (head - first_head) * place.apart;
         if (!stored) continue;
         uint8_t* codes = cache.codes + slot * (kHeadDim * a.bits / 8);
         store_kv_codes(codes, first, a.bits, x[0], grid.grid);
@@ -329,7 +331,9 @@ __global__ void __launch_bounds__(kThreads)
   }
   const int64_t position = a.start[b] + s;
   if (position < 0 || position >= a.capacity) return;
-  const int64_t slot = (b * kv_heads + head) * a.capacity + position;
+  const TokenPlace place = place_of(a.pages, kv_heads, a.capacity, b, position);
+  if (place.first < 0) return;
+  const int64_t slot = place.first + head * place.apart;
   Range range;
   for (int i = lane * kChunk; i < n; i += kWarp * kChunk) {
     const float v[kChunk] = {x[i],     x[i + 1], x[i + 2], x[i + 3],
