@@ -2,7 +2,7 @@
 //
 // A task is one sequence, one cache head, and a block of at most 64 query rows: row = (query s,
 // head of the group), so that all heads which share a cache head share its dequantized keys. It
-// walks the keys it may see in tiles of 64:
+// walks the keys it may see in tiles of 64 (blocks of a paged cache are whole 16 keys):
 //
 //   K [head_dim][64]       <- keys, fp32, transposed: 32-bit words of 16 keys side by side, then
 //                             the 8 nibbles (4 bytes) of each word
@@ -41,6 +41,12 @@ constexpr float kLowest = -0x1.fffffep127f;  // below any score, and finite: kLo
 constexpr int kBlock = kRegisterBytes == 16 ? 2 : 6;
 // Vectors of columns in registers: AVX-512 has twice the registers, and needs as many sums.
 constexpr int kColumns = kRegisterBytes == 64 ? 2 : 1;
+
+/// Where the keys of a tile stand: slot [i] has key 16 i, the next ones follow it.
+struct Slots {
+  int64_t of[kKeys / kLanes];
+};
+static_assert(kPageMultiple % kLanes == 0);
 
 /// A thread's memory. dim is head_dim rounded up to whole vectors.
 struct Tile {
@@ -147,9 +153,9 @@ QUAROT_INLINE F32 defuse(float* scales) {
   return difference;
 }
 
-/// k [dim, kKeys]  <-  slots [slot, slot + count), count <= kKeys; columns beyond are 0.
+/// k [dim, kKeys]  <-  the first `count` slots, count <= kKeys; columns beyond are 0.
 template <int kBits>
-void dequantize_keys(const KvCacheView& cache, int64_t slot, int64_t count, int64_t head_dim,
+void dequantize_keys(const KvCacheView& cache, const Slots& slots, int64_t count, int64_t head_dim,
                      float* k) {
   constexpr int kPerWord = 32 / kBits;
   const int64_t row_bytes = head_dim * kBits / 8;
@@ -158,9 +164,10 @@ void dequantize_keys(const KvCacheView& cache, int64_t slot, int64_t count, int6
     const int64_t valid = left < 0 ? 0 : left < kLanes ? left : kLanes;
     F32 scale;
     I32 zero;
-    load_grid(cache, slot + first, valid, scale, zero);
+    const int64_t slot = slots.of[first / kLanes];
+    load_grid(cache, slot, valid, scale, zero);
     int32_t words[kMaxHeadDim / kPerWord * kLanes];  // [word, key]
-    const uint8_t* codes = cache.codes + (slot + first) * row_bytes;
+    const uint8_t* codes = cache.codes + slot * row_bytes;
     for (int64_t w = 0; w < head_dim / kPerWord; ++w) {
       for (int64_t key = 0; key < kLanes; ++key) {
         int32_t word = 0;
@@ -178,19 +185,20 @@ void dequantize_keys(const KvCacheView& cache, int64_t slot, int64_t count, int6
   }
 }
 
-/// v [kKeys, dim] and poison [kKeys]  <-  slots [slot, slot + count), count <= kKeys; rows beyond
-/// are 0.
+/// v [kKeys, dim] and poison [kKeys]  <-  the first `count` slots, count <= kKeys; rows beyond are
+/// 0.
 template <int kBits>
-void dequantize_values(const KvCacheView& cache, int64_t slot, int64_t count, int64_t head_dim,
-                       const Tile& t) {
+void dequantize_values(const KvCacheView& cache, const Slots& slots, int64_t count,
+                       int64_t head_dim, const Tile& t) {
   const int64_t row_bytes = head_dim * kBits / 8;
   constexpr int64_t kStep = kLanes * kBits / 8;  // bytes of a vector
   for (int64_t first = 0; first < kKeys; first += kLanes) {
     const int64_t left = count - first;
     const int64_t valid = left < 0 ? 0 : left < kLanes ? left : kLanes;
+    const int64_t slot = slots.of[first / kLanes];
     F32 scale;
     I32 zero;
-    load_grid(cache, slot + first, valid, scale, zero);
+    load_grid(cache, slot, valid, scale, zero);
     float scales[kLanes];
     int32_t zeros[kLanes];
     store(scales, scale);
@@ -198,7 +206,7 @@ void dequantize_values(const KvCacheView& cache, int64_t slot, int64_t count, in
     store(zeros, zero);
     for (int64_t key = 0; key < kLanes; ++key) {
       float* row = t.v + (first + key) * t.dim;
-      const uint8_t* codes = cache.codes + (slot + first + key) * row_bytes;
+      const uint8_t* codes = cache.codes + (slot + key) * row_bytes;
       for (int64_t i = 0; i < t.dim; i += kLanes, codes += kStep) {
         F32 value = f32(0);
         if (key < valid) {
@@ -237,13 +245,15 @@ QUAROT_INLINE I32 load_mask(const bool* mask, int64_t c, int64_t count) {
 }
 
 /// Turns a row of scores of `count` keys into weights exp(score - maximum); updates maximum, sum
-/// and factor of row r. The row may see its first `seen` keys, where mask (null: all) is true.
-QUAROT_INLINE void softmax_row(const Tile& t, int64_t r, int64_t count, int64_t seen,
+/// and factor of row r. The row may see the keys in [from, seen), each in [0, kKeys], where mask
+/// (null: all) is true.
+QUAROT_INLINE void softmax_row(const Tile& t, int64_t r, int64_t count, int64_t from, int64_t seen,
                                const bool* mask) {
   float* scores = t.scores + r * kKeys;
   F32 maxima = f32(t.maximum[r]);
   for (int64_t c = 0; c < kKeys; c += kLanes) {
-    I32 visible = greater(i32(static_cast<int32_t>(seen - c)), lane_numbers());
+    const I32 visible_below = greater(i32(static_cast<int32_t>(seen - c)), lane_numbers());
+    I32 visible = visible_below & greater(lane_numbers(), i32(static_cast<int32_t>(from - c - 1)));
     if (mask != nullptr) visible = visible & load_mask(mask, c, count);
     const F32 score = select(visible, load(scores + c) + load(t.poison + c), f32(-kInfinity));
     store(scores + c, score);
@@ -347,14 +357,20 @@ void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t b
                         __attribute__((always_inline)) { return length - a.seq + block.s(r) + 1; };
   const int64_t last = seen(block.rows - 1);
   end = end < last ? end : last;
-  const int64_t slots = (block.b * a.kv_heads + block.head) * a.capacity;
+  const int64_t outside = (seen(0) - a.window - begin) / kKeys * kKeys;  // of the window
+  if (outside > 0) begin += outside;
   uint8_t copies[2][kLanes * Few::kRowBytes];  // of the last keys and values
   for (int64_t key = begin; key < end; key += kKeys) {
     const int64_t count = end - key < kKeys ? end - key : kKeys;
+    Slots slots{};
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const TokenPlace place = place_of(a.pages, a.kv_heads, a.capacity, block.b, key + i);
+      slots.of[i / kLanes] = place.first + block.head * place.apart;
+    }
     Group values[kKeys / kLanes];
     if constexpr (Few::kFew) {
       for (int64_t first = 0; first < count; first += kLanes) {
-        const int64_t slot = slots + key + first;
+        const int64_t slot = slots.of[first / kLanes];
         const int64_t valid = count - first < kLanes ? count - first : kLanes;
         Group keys;
         load_group(keys, a.k, slot, valid, Few::kRowBytes, copies[0]);
@@ -365,11 +381,11 @@ void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t b
       }
     } else {
       if (a.bits == 4) {
-        dequantize_keys<4>(a.k, slots + key, count, a.head_dim, t.k);
-        dequantize_values<4>(a.v, slots + key, count, a.head_dim, t);
+        dequantize_keys<4>(a.k, slots, count, a.head_dim, t.k);
+        dequantize_values<4>(a.v, slots, count, a.head_dim, t);
       } else {
-        dequantize_keys<8>(a.k, slots + key, count, a.head_dim, t.k);
-        dequantize_values<8>(a.v, slots + key, count, a.head_dim, t);
+        dequantize_keys<8>(a.k, slots, count, a.head_dim, t.k);
+        dequantize_values<8>(a.v, slots, count, a.head_dim, t);
       }
       product_rows<kBlock>(t.scores, kKeys, nullptr, t.q, t.dim, t.k, kKeys, a.head_dim, block.rows,
                            kKeys);
@@ -379,8 +395,11 @@ void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t b
                                            : a.mask + block.b * a.mask_batch_stride +
                                                  block.query_head(r) * a.mask_head_stride +
                                                  block.s(r) * a.mask_seq_stride + key;
+      const auto within = [](int64_t at) __attribute__((always_inline)) {
+        return at < 0 ? 0 : at < kKeys ? at : kKeys;
+      };
       const int64_t visible = seen(r) - key;
-      softmax_row(t, r, count, visible < 0 ? 0 : visible < kKeys ? visible : kKeys, mask);
+      softmax_row(t, r, count, within(visible - a.window), within(visible), mask);
     }
     if constexpr (Few::kFew) {
       for (int64_t first = 0; first < count; first += kLanes) {
@@ -460,7 +479,7 @@ void run_task(const AttentionArgs& a, const AttentionSplit& split, const Tile& t
   const int64_t first = whole ? turn * kRows : 0;
   const int64_t count = rows - first < kRows ? rows - first : kRows;
   const Block block{pair / a.kv_heads, pair % a.kv_heads, first, count, group};
-  const int64_t key = whole ? 0 : part * split.keys;
+  const int64_t key = attention_begin(a, a.lengths[block.b]) + (whole ? 0 : part * split.keys);
   attend_any(a, block, t, key, key + split.keys);
   for (int64_t r = 0; r < count; ++r) {
     const int64_t at = row_offset(a, block, r);

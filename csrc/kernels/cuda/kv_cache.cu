@@ -220,7 +220,10 @@ __global__ void __launch_bounds__(kThreads, kHeadBlocks<kDtype, kChunks>)
   __syncthreads();
   const uint32_t signs = transform_signs(g, t);
   const int64_t position = int64_t{a.start[b]} + s;
-  const bool stored = active && position >= 0 && position < a.capacity;
+  bool stored = active && position >= 0 && position < a.capacity;
+  TokenPlace place{};
+  if (stored) place = place_of(a.pages, a.kv_heads, a.capacity, b, position);
+  stored = stored && place.first >= 0;
 
   for (int pair = begin + warp; pair < end; pair += kWarps) {
     const Kind kind = kind_of(pair);
@@ -317,7 +320,7 @@ __global__ void __launch_bounds__(kThreads, kHeadBlocks<kDtype, kChunks>)
       if (!stored || !exists) continue;
       const KvCache& cache = kind == Kind::key ? a.k_cache : a.v_cache;
       const KvGrid grid = kv_grid(range, kind == Kind::key ? a.k_clip : a.v_clip, a.bits);
-      const int64_t slot = (b * a.kv_heads + head) * a.capacity + position;
+      const int64_t slot = place.first + head * place.apart;
       uint8_t* codes = cache.codes + slot * (kHeadDim * a.bits / 8);
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
@@ -406,7 +409,9 @@ __global__ void __launch_bounds__(kThreads)
   }
   const int64_t position = a.start[b] + s;
   if (position < 0 || position >= a.capacity) return;
-  const int64_t slot = (b * kv_heads + head) * a.capacity + position;
+  const TokenPlace place = place_of(a.pages, kv_heads, a.capacity, b, position);
+  if (place.first < 0) return;
+  const int64_t slot = place.first + head * place.apart;
   Range range;
   for (int i = lane * kChunk; i < n; i += kWarp * kChunk) {
     const float v[kChunk] = {x[i],     x[i + 1], x[i + 2], x[i + 3],

@@ -49,7 +49,7 @@ namespace detail {
 
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes, Stream stream,
-            cudaLaunchAttribute* attribute, const Args&... args) {
+            cudaLaunchAttribute* attributes, unsigned count, const Args&... args) {
   QUAROT_ASSERT(blocks < (int64_t{1} << 31), "too many rows for one launch");
   if (shared_bytes > kDefaultSharedBytes) {
     QUAROT_CUDA_CHECK(
@@ -60,8 +60,8 @@ void launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_b
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attribute;
-  config.numAttrs = attribute == nullptr ? 0 : 1;
+  config.attrs = attributes;
+  config.numAttrs = count;
   QUAROT_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
 }
 
@@ -70,7 +70,29 @@ void launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_b
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes, Stream stream,
             const Args&... args) {
-  detail::launch(kernel, blocks, threads, shared_bytes, stream, nullptr, args...);
+  detail::launch(kernel, blocks, threads, shared_bytes, stream, nullptr, 0, args...);
+}
+
+/// launch_early, in clusters of so many blocks (sm_90).
+template <class... Params, class... Args>
+void launch_clusters(void (*kernel)(Params...), int64_t blocks, int cluster, int threads,
+                     int shared_bytes, Stream stream, const Args&... args) {
+  constexpr int kPortable = 8;
+  if (cluster > kPortable) {
+    QUAROT_CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  }
+  cudaLaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (device_limits().starts_early) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
+  detail::launch(kernel, blocks, threads, shared_bytes, stream, attributes, count, args...);
 }
 
 /// Launches a kernel that begins with wait_for_previous_grid(): where the device can, its blocks
@@ -78,11 +100,7 @@ void launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_b
 template <class... Params, class... Args>
 void launch_early(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes,
                   Stream stream, const Args&... args) {
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  detail::launch(kernel, blocks, threads, shared_bytes, stream,
-                 device_limits().starts_early ? &early : nullptr, args...);
+  launch_clusters(kernel, blocks, 1, threads, shared_bytes, stream, args...);
 }
 
 }  // namespace quarot::cuda

@@ -297,6 +297,10 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
+/// The same without waiting for this thread's writes to be visible.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -311,6 +315,14 @@ __device__ __forceinline__ void store_cluster(uint32_t cluster, const int4& v) {
   asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(cluster), "r"(v.x),
                "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
+}
+/// The same of a word, asynchronously: completes 4 bytes on `barrier` of that block.
+__device__ __forceinline__ void store_cluster_async(uint32_t cluster, uint32_t barrier, float v) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
+          cluster),
+      "f"(v), "r"(barrier)
+      : "memory");
 }
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
