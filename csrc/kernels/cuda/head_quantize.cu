@@ -48,7 +48,9 @@ struct HeadShape {
   static constexpr DType kDtype = kType;
   static constexpr int kTiles = kCount;  // of H, each way
   static constexpr int kSureHeads = kTiles <= 4 ? (kTiles - 1) * kTile : (kTiles - 2) * kTile;
-  static constexpr int kColumns = kDtype == DType::f32 || kTiles > 2 ? 4 : 8;  // that a lane loads
+  /// Columns that a lane loads: as many as the registers allow, since few warps with much to do
+  /// came out ahead of many.
+  static constexpr int kColumns = kDtype == DType::f32 || kTiles > 4 ? 4 : 8;
   static constexpr int kWords = kColumns * bytes_of(kDtype) / 4;
   static constexpr int kRun = 2 * kColumns;  // columns that a lane quantizes
   static constexpr int kWarpColumns = 8 * kColumns;
@@ -116,17 +118,20 @@ __device__ __forceinline__ void make_signs(const HeadPlan& p, uint4* signs, int 
 
 template <int kWords>
 __device__ __forceinline__ void load_words(uint32_t (&words)[kWords], const char* from) {
-  static_assert(kWords == 2 || kWords == 4);
+  static_assert(kWords == 2 || kWords % 4 == 0);
   if constexpr (kWords == 2) {
     const uint2 v = load_once(reinterpret_cast<const uint2*>(from));
     words[0] = v.x;
     words[1] = v.y;
   } else {
-    const uint4 v = load_once(reinterpret_cast<const uint4*>(from));
-    words[0] = v.x;
-    words[1] = v.y;
-    words[2] = v.z;
-    words[3] = v.w;
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      const uint4 v = load_once(reinterpret_cast<const uint4*>(from) + i / 4);
+      words[i] = v.x;
+      words[i + 1] = v.y;
+      words[i + 2] = v.z;
+      words[i + 3] = v.w;
+    }
   }
 }
 

@@ -1,15 +1,11 @@
 // rope_hadamard_kv_append on CUDA. Maths and layouts: kernels/kv_cache.h.
 //
-// head_kernel: head_dim = 64, 128 or 256, rotary = head_dim, transform of the whole head or none. A
-// warp works on two heads of eight tokens: the 16 rows of tensor-core tiles, lane 4 g + t having
-// both heads of token g, dimensions 32 c + 8 t ... 32 c + 8 t + 7 of each half, for all c. RoPE and
-// the halves' butterfly are one 2x2 matrix a pair of dimensions; the block makes its eight tokens'
-// matrices once, in shared memory, and its warps go from pair of heads to pair (queries, keys,
-// values), loading the next one while they work on this one. Butterflies over c stay in registers.
-// The other 32 points are products with a matrix of signs, whose fragments are all the same but for
-// their own sign, so that they take two registers; the other operand is a sum of two numbers of
-// bf16 (16 bits, of 16-bit heads) or three (24 bits, of fp32). Few tokens: the heads are split over
-// several blocks.
+// head_kernel: head_dim = 16 L, a power of two, rotary = head_dim, transform of the whole head or
+// none. A team of L lanes works on a token: it holds its cosines and sines in registers and goes
+// from head to head (queries, keys, values), while the next kAhead ones are on their way into
+// shared memory, to the threads that asked for them: no barrier. Lane l has dimensions 8 l ... 8 l
+// + 7 of each half of a head, so that RoPE and all butterflies but log2 L stay in registers; the
+// others are shuffles. Few tokens: the heads are split over several teams, in different blocks.
 //
 // any_head_kernel: all other shapes; a warp a head, in shared memory. (One file, if a long one: the
 // two share the quantizer and the layouts.)
@@ -33,9 +29,9 @@ namespace {
 // ---- Config -------------------------------------------------------------------------------------
 
 constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int kTokens = 8;             // a block
-constexpr int kBlocksWanted = 4;       // a multiprocessor, where there is enough to do
+constexpr int kAhead = 3;          // heads in flight
+constexpr int kBlocksWanted = 48;  // a multiprocessor, where there is enough to do
+constexpr int64_t kLeastHeads = 12;
 constexpr float kScaleMin = 0x1p-14f;  // the smallest normal fp16
 constexpr float kScaleMax = 65504.0f;  // the largest
 constexpr uint16_t kNaN16 = 0x7e00;
@@ -69,53 +65,31 @@ __device__ __forceinline__ void store_grid(const KvCache& cache, int64_t slot, c
   cache.zero[slot] = static_cast<uint8_t>(g.grid.shift);
 }
 
-/// The tensor-core part of a transform: two rows' eight dimensions of each lane of four times a 32
-/// x 32 matrix. Bits 0-2 of a dimension are those of the index in x, bits 3 and 4 the lane's. In a
-/// product (device/mma.cuh) index bits 0 and 1 are a pair and an upper half of A's columns, bit 2
-/// tells two steps apart; of the result bit 0 is a pair, bits 1 and 2 tell four products apart.
-/// `signs`: the lane's pair of B for the lanes' bits and bit 0.
-template <int kParts>
-__device__ __forceinline__ void transform_32(float (&low)[kChunk], float (&high)[kChunk],
-                                             uint32_t signs) {
-  const uint32_t minus = signs ^ 0x80008000u;
-  uint4 a[kParts][2];
-  const auto split = [&](float (&x)[kChunk], int i, int part) {  // takes the part off x
-    const uint32_t pair = pack_bf16x2(x[i], x[i + 1]);
-    if (part + 1 < kParts) {
-      x[i] = __fsub_rn(x[i], bf16_low(pair));
-      x[i + 1] = __fsub_rn(x[i + 1], bf16_high(pair));
-    }
-    return pair;
-  };
+/// A head, x[2][8] of each of kLanes lanes, times H, unscaled, but for the halves' butterfly; all
+/// lanes of a warp.
+template <int kLanes>
+__device__ __forceinline__ void transform_halves(float (&x)[2][kChunk], int lane) {
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) {
+  for (int h = 0; h < 2; ++h) {
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      a[part][k] = {split(low, 4 * k, part), split(high, 4 * k, part), split(low, 4 * k + 2, part),
-                    split(high, 4 * k + 2, part)};
-    }
-  }
+    for (int bit = 1; bit < kChunk; bit *= 2) {
 #pragma unroll
-  for (int n = 0; n < 4; ++n) {
-    float d[4] = {};
-#pragma unroll
-    for (int part = kParts - 1; part >= 0; --part) {  // the smallest first
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const bool flips = k * (n / 2) % 2 != 0;
-        mma_bf16(d, a[part][k], flips ? minus : signs, flips != (n % 2 != 0) ? minus : signs);
+      for (int i = 0; i < kChunk; ++i) {
+        if ((i & bit) != 0) continue;
+        const float a = x[h][i], b = x[h][i | bit];
+        x[h][i] = a + b;
+        x[h][i | bit] = a - b;
       }
     }
-    low[2 * n] = d[0];
-    low[2 * n + 1] = d[1];
-    high[2 * n] = d[2];
-    high[2 * n + 1] = d[3];
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) {
+      const float sign = (lane & step) != 0 ? -1.0f : 1.0f;
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        x[h][i] = __fmaf_rn(x[h][i], sign, __shfl_xor_sync(kAllLanes, x[h][i], step));
+      }
+    }
   }
-}
-/// The signs of transform_32: rows 2 t and 2 t + 1 of column g.
-__device__ __forceinline__ uint32_t transform_signs(int g, int t) {
-  const uint32_t odd = __popc(t & (g >> 1)) & 1;
-  return 0x3f803f80u ^ odd * 0x80008000u ^ static_cast<uint32_t>(g & 1) << 31;
 }
 
 __device__ __forceinline__ void store_kv_codes(uint8_t* codes, int64_t i, int bits,
@@ -130,206 +104,171 @@ __device__ __forceinline__ void store_kv_codes(uint8_t* codes, int64_t i, int bi
 
 // ---- Kernels ------------------------------------------------------------------------------------
 
+__device__ __forceinline__ void load_angles(float (&v)[kChunk], DType dtype, const void* data,
+                                            int64_t i) {
+  switch (dtype) {
+    case DType::f32:
+      to_floats<DType::f32>(v, load_chunk<DType::f32>(data, i));
+      break;
+    case DType::f16:
+      to_floats<DType::f16>(v, load_chunk<DType::f16>(data, i));
+      break;
+    case DType::bf16:
+      to_floats<DType::bf16>(v, load_chunk<DType::bf16>(data, i));
+      break;
+  }
+}
+
 struct HeadPlan {
   int tokens;
-  int splits;  // of a token's pairs of heads
-  int each;    // pairs of a split
-  int query_pairs, key_pairs;
+  int splits;  // of a token's heads
+  int each;    // heads of a split
   FastDiv seq;
 };
 
-/// Of kThreads, a multiprocessor: what the registers allow.
-template <DType kDtype, int kChunks>
-constexpr int kHeadBlocks = bytes_of(kDtype) == 4 ? (kChunks == 1 ? 3 : 2)
-                            : kChunks == 4        ? 2
-                            : kChunks == 2        ? 3
-                                                  : 4;
-
-/// head_dim = 64 kChunks. Grid: splits of blocks of tokens, splits of the same tokens side by side.
-template <DType kDtype, int kChunks>
-__global__ void __launch_bounds__(kThreads, kHeadBlocks<kDtype, kChunks>)
+/// kLanes = head_dim / 16. Grid: splits of blocks of tokens, splits of the same tokens side by
+/// side.
+template <DType kDtype, int kLanes>
+__global__ void __launch_bounds__(kThreads, 5)
     head_kernel(const __grid_constant__ KvAppendArgs a, const __grid_constant__ HeadPlan plan) {
-  constexpr int kHalf = 32 * kChunks, kHeadDim = 2 * kHalf;
-  // Of a token's matrices; 16 bytes more, so that neighbouring tokens' lanes read other banks.
-  constexpr int kStride = 4 * kHalf + 4;
-  __shared__ float4 matrices[kTokens * kStride / 4];
+  constexpr int kHeadDim = 16 * kLanes;
+  // A thread's chunks, of two halves, are its own: [kAhead][words][kThreads].
+  constexpr int kWords = sizeof(Chunk<kDtype>) / sizeof(uint4);
+  __shared__ uint4 ring[kAhead][2 * kWords][kThreads];
   wait_for_previous_grid();
   start_next_grid();
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, t = lane % 4;
+  const int heads = static_cast<int>(a.heads), kv_heads = static_cast<int>(a.kv_heads);
   const int block = static_cast<int>(blockIdx.x) / plan.splits;
   const int begin = (static_cast<int>(blockIdx.x) - block * plan.splits) * plan.each;
-  const int values = plan.query_pairs + plan.key_pairs;
-  const int end = min(begin + plan.each, values + plan.key_pairs);
-  // Lanes beyond the last token work on it, and store nothing: products take all lanes of a warp.
-  const auto token_of = [&](int i) { return min(block * kTokens + i, plan.tokens - 1); };
-  const int token = token_of(g);
-  const bool active = block * kTokens + g == token;
+  const int end = min(begin + plan.each, heads + 2 * kv_heads);
+  // Teams beyond the last token work on it, and store nothing: all lanes of a warp shuffle
+  // together.
+  const int wanted = block * (kThreads / kLanes) + static_cast<int>(threadIdx.x) / kLanes;
+  const int token = min(wanted, plan.tokens - 1);
+  const bool active = wanted == token;
   const int b = plan.seq(token), s = token - b * plan.seq.divisor();
+  const int lane = threadIdx.x % kLanes;
+  const int first = lane * kChunk;
 
-  const auto kind_of = [&](int pair) {
-    return pair < plan.query_pairs ? Kind::query : pair < values ? Kind::key : Kind::value;
+  const auto start_of = [&](const HeadVectors& x) {
+    return static_cast<const char*>(x.data) +
+           (b * x.batch_stride + s * x.seq_stride + first) * bytes_of(kDtype);
   };
-  const auto first_head = [&](int pair) {
-    return 2 * (pair - (pair < plan.query_pairs ? 0 : pair < values ? plan.query_pairs : values));
-  };
-  const auto count_of = [&](Kind kind) {
-    return static_cast<int>(kind == Kind::query ? a.heads : a.kv_heads);
-  };
-  Chunk<kDtype> raw[2][2][kChunks];  // of two heads, two halves
-  const auto load = [&](int pair) {
-    const Kind kind = kind_of(pair);
-    const HeadVectors& x = kind == Kind::query ? a.q : kind == Kind::key ? a.k : a.v;
-    const int last = count_of(kind) - 1;
+  const char* from = nullptr;
+  const auto load_next = [&](int head) {
+    if (head < end) {
+      const int values = heads + kv_heads;
+      const int of_kind = head < heads ? 0 : head < values ? heads : values;
+      const HeadVectors& x = head < heads ? a.q : head < values ? a.k : a.v;
+      if (head == begin || head == of_kind) {
+        from = start_of(x) + (head - of_kind) * x.head_stride * bytes_of(kDtype);
+      } else {
+        from += x.head_stride * bytes_of(kDtype);
+      }
+      uint4(&slot)[2 * kWords][kThreads] = ring[static_cast<unsigned>(head - begin) % kAhead];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int64_t head = min(first_head(pair) + r, last);
-      const char* from = static_cast<const char*>(x.data) + (b * x.batch_stride + s * x.seq_stride +
-                                                             head * x.head_stride + t * kChunk) *
-                                                                bytes_of(kDtype);
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        raw[r][0][c] = load_chunk<kDtype>(from, 32 * c);
-        raw[r][1][c] = load_chunk<kDtype>(from, kHalf + 32 * c);
+      for (int w = 0; w < 2 * kWords; ++w) {
+        cp_async_16(shared_address(&slot[w][threadIdx.x]),
+                    from + (w / kWords * (kHeadDim / 2) * bytes_of(kDtype) + w % kWords * 16));
       }
     }
+    cp_async_commit();
   };
-  if (begin + warp < end) load(begin + warp);
-
-  // Dimensions p and q, half a head apart, become p m[0] + q m[1] and p m[2] + q m[3]: RoPE, and
-  // with a transform its scale and the butterfly of the two.
-  const bool transforms = a.matrix.size > 1;
-  if (begin < values) {
-    auto* m = reinterpret_cast<float*>(matrices);
-    for (int i = threadIdx.x; i < kTokens * kHalf; i += kThreads) {
-      const int of = token_of(i / kHalf), batch = plan.seq(of);
-      const int64_t low = batch * a.rotary_batch_stride +
-                          int64_t{of - batch * plan.seq.divisor()} * kHeadDim + i % kHalf;
-      const auto angle = [&](const void* table, int64_t j) {
-        return load1(a.rotary_dtype, table, j);
-      };
-      const float to_low[2] = {angle(a.cos, low), -angle(a.sin, low)};
-      const float to_high[2] = {angle(a.sin, low + kHalf), angle(a.cos, low + kHalf)};
-      float* to = m + i / kHalf * kStride + i % kHalf;
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        to[j * kHalf] = transforms ? a.matrix.scale * (to_low[j] + to_high[j]) : to_low[j];
-        to[(2 + j) * kHalf] = transforms ? a.matrix.scale * (to_low[j] - to_high[j]) : to_high[j];
-      }
-    }
-  }
-  __syncthreads();
-  const uint32_t signs = transform_signs(g, t);
+  for (int i = 0; i < kAhead; ++i) load_next(begin + i);
+
   const int64_t position = int64_t{a.start[b]} + s;
   bool stored = active && position >= 0 && position < a.capacity;
   TokenPlace place{};
-  if (stored) place = place_of(a.pages, a.kv_heads, a.capacity, b, position);
+  if (stored) place = place_of(a.pages, kv_heads, a.capacity, b, position);
   stored = stored && place.first >= 0;
-
-  for (int pair = begin + warp; pair < end; pair += kWarps) {
-    const Kind kind = kind_of(pair);
-    float x[2][2][kChunks][kChunk];
+  char* q_out = static_cast<char*>(a.q_out) +
+                ((int64_t{token} * heads + begin) * kHeadDim + first) * bytes_of(kDtype);
+  // Dimensions p and q, half a head apart, become p m[0] + q m[1] and p m[2] + q m[3]: RoPE, and
+  // with a transform its scale and the butterfly of the two.
+  float m[4][kChunk];
+  const bool transforms = a.matrix.size > 1;
+  if (begin < heads + kv_heads) {
+    const int64_t low = b * a.rotary_batch_stride + int64_t{s} * kHeadDim + first;
+    const int64_t high = low + kHeadDim / 2;
+    load_angles(m[0], a.rotary_dtype, a.cos, low);
+    load_angles(m[1], a.rotary_dtype, a.sin, low);
+    load_angles(m[2], a.rotary_dtype, a.sin, high);
+    load_angles(m[3], a.rotary_dtype, a.cos, high);
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        to_floats<kDtype>(x[r][0][c], raw[r][0][c]);
-        to_floats<kDtype>(x[r][1][c], raw[r][1][c]);
-      }
-      if (kind == Kind::value) continue;
-#pragma unroll
-      for (int half = 0; half < kChunk; half += 4) {
-        float m[4][4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float4 v = matrices[(g * kStride + j * kHalf + 32 * c + t * kChunk + half) / 4];
-          m[j][0] = v.x;
-          m[j][1] = v.y;
-          m[j][2] = v.z;
-          m[j][3] = v.w;
-        }
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            float& low = x[r][0][c][half + i];
-            float& high = x[r][1][c][half + i];
-            const float p = low, q = high;
-            // Without a transform, rounded as kernels/kv_cache.h says.
-            low = transforms ? __fmaf_rn(p, m[0][i], q * m[1][i])
-                             : __fadd_rn(__fmul_rn(p, m[0][i]), __fmul_rn(q, m[1][i]));
-            high = transforms ? __fmaf_rn(p, m[2][i], q * m[3][i])
-                              : __fadd_rn(__fmul_rn(p, m[2][i]), __fmul_rn(q, m[3][i]));
-          }
-        }
-      }
-    }
-    if (pair + kWarps < end) load(pair + kWarps);
-    if (transforms && kind != Kind::value) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int step = 1; step < kChunks; step *= 2) {
-#pragma unroll
-          for (int c = 0; c < kChunks; ++c) {
-            if ((c & step) != 0) continue;
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-#pragma unroll
-              for (int i = 0; i < kChunk; ++i) {
-                float& low = x[r][half][c][i];
-                float& high = x[r][half][c | step][i];
-                const float p = low, q = high;
-                low = p + q;
-                high = p - q;
-              }
-            }
-          }
-        }
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c) {
-          transform_32<kDtype == DType::f32 ? 3 : 2>(x[0][half][c], x[1][half][c], signs);
-        }
-      }
-    }
-
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int head = first_head(pair) + r;
-      const bool exists = head < count_of(kind);
-      if (kind == Kind::query) {
-        if (!active || !exists) continue;
-        char* to = static_cast<char*>(a.q_out) +
-                   ((token * a.heads + head) * kHeadDim + t * kChunk) * bytes_of(kDtype);
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c) {
-          store_chunk<kDtype>(to, 32 * c, x[r][0][c]);
-          store_chunk<kDtype>(to, kHalf + 32 * c, x[r][1][c]);
-        }
-        continue;
-      }
-      Range range;
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        range = merge(range, merge(range_of(x[r][0][c], false), range_of(x[r][1][c], false)));
-      }
-#pragma unroll
-      for (int step = 1; step < 4; step *= 2) {
-        range = merge(range, {__shfl_xor_sync(kAllLanes, range.high, step),
-                              __shfl_xor_sync(kAllLanes, range.low, step)});
-      }
-      if (!stored || !exists) continue;
-      const KvCache& cache = kind == Kind::key ? a.k_cache : a.v_cache;
-      const KvGrid grid = kv_grid(range, kind == Kind::key ? a.k_clip : a.v_clip, a.bits);
-      const int64_t slot = place.first + head * place.apart;
-      uint8_t* codes = cache.codes + slot * (kHeadDim * a.bits / 8);
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        store_kv_codes(codes, 32 * c + t * kChunk, a.bits, x[r][0][c], grid.grid);
-        store_kv_codes(codes, kHalf + 32 * c + t * kChunk, a.bits, x[r][1][c], grid.grid);
-      }
-      if (t == 0) store_grid(cache, slot, grid);
+    for (int i = 0; i < kChunk; ++i) {
+      const float to_low[2] = {m[0][i], -m[1][i]}, to_high[2] = {m[2][i], m[3][i]};
+      m[1][i] = to_low[1];
+      if (!transforms) continue;
+      m[0][i] = a.matrix.scale * (to_low[0] + to_high[0]);
+      m[1][i] = a.matrix.scale * (to_low[1] + to_high[1]);
+      m[2][i] = a.matrix.scale * (to_low[0] - to_high[0]);
+      m[3][i] = a.matrix.scale * (to_low[1] - to_high[1]);
     }
   }
+
+  // Works on heads [from, to) of a kind; `first_head` is the kind's first one.
+  const auto run = [&](auto kind, int first_head, int from, int to) {
+    constexpr Kind kKind = decltype(kind)::value;
+    for (int head = from; head < to; ++head) {
+      cp_async_wait<kAhead - 1>();
+      Chunk<kDtype> raw[2];
+#pragma unroll
+      for (int w = 0; w < 2 * kWords; ++w) {
+        raw[w / kWords].words[w % kWords] =
+            ring[static_cast<unsigned>(head - begin) % kAhead][w][threadIdx.x];
+      }
+      float x[2][kChunk];
+      to_floats<kDtype>(x[0], raw[0]);
+      to_floats<kDtype>(x[1], raw[1]);
+      load_next(head + kAhead);  // where this head was: its values are in registers
+      if constexpr (kKind != Kind::value) {
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) {
+          const float p = x[0][i], q = x[1][i];
+          // Without a transform, rounded as kernels/kv_cache.h says.
+          x[0][i] = transforms ? __fmaf_rn(p, m[0][i], q * m[1][i])
+                               : __fadd_rn(__fmul_rn(p, m[0][i]), __fmul_rn(q, m[1][i]));
+          x[1][i] = transforms ? __fmaf_rn(p, m[2][i], q * m[3][i])
+                               : __fadd_rn(__fmul_rn(p, m[2][i]), __fmul_rn(q, m[3][i]));
+        }
+        if (transforms) transform_halves<kLanes>(x, lane);
+      }
+      if constexpr (kKind == Kind::query) {
+        if (active) {
+          store_chunk<kDtype>(q_out, 0, x[0]);
+          store_chunk<kDtype>(q_out, kHeadDim / 2, x[1]);
+        }
+        q_out += kHeadDim * bytes_of(kDtype);
+      } else {
+        Range range;
+        if constexpr (kKind == Kind::value && kDtype != DType::f32) {
+          PairRange<kDtype> pairs;
+          for (const Chunk<kDtype>& chunk : raw) pairs.add(chunk.words[0]);
+          range = pairs.range(false);
+        } else {
+          range = merge(range_of(x[0], false), range_of(x[1], false));
+        }
+#pragma unroll
+        for (int step = 1; step < kLanes; step *= 2) {
+          range = merge(range, {__shfl_xor_sync(kAllLanes, range.high, step),
+                                __shfl_xor_sync(kAllLanes, range.low, step)});
+        }
+        const KvCache& cache = kKind == Kind::key ? a.k_cache : a.v_cache;
+        const KvGrid grid = kv_grid(range, kKind == Kind::key ? a.k_clip : a.v_clip, a.bits);
+        const int64_t slot = place.first + (head - first_head) * place.apart;
+        if (!stored) continue;
+        uint8_t* codes = cache.codes + slot * (kHeadDim * a.bits / 8);
+        store_kv_codes(codes, first, a.bits, x[0], grid.grid);
+        store_kv_codes(codes, first + kHeadDim / 2, a.bits, x[1], grid.grid);
+        if (lane == 0) store_grid(cache, slot, grid);
+      }
+    }
+  };
+  const int keys = heads, values = heads + kv_heads;
+  run(std::integral_constant<Kind, Kind::query>{}, 0, begin, min(end, keys));
+  run(std::integral_constant<Kind, Kind::key>{}, keys, max(begin, keys), min(end, values));
+  run(std::integral_constant<Kind, Kind::value>{}, values, max(begin, values), end);
 }
 
 /// Any shape: a warp a head. Grid: ceil(batch * seq * vectors / warps).
@@ -441,22 +380,19 @@ bool is_aligned(const HeadVectors& x, int64_t element) {
          (x.seq_stride * element) % 16 == 0 && (x.head_stride * element) % 16 == 0;
 }
 
-template <DType kDtype, int kChunks>
+template <DType kDtype, int kLanes>
 void launch_heads(const KvAppendArgs& args, Stream stream) {
-  const int64_t tokens = args.batch * args.seq;
+  const int64_t tokens = args.batch * args.seq, heads = args.heads + 2 * args.kv_heads;
   QUAROT_ASSERT(tokens < (int64_t{1} << 31), "rope_hadamard_kv_append: too many tokens");
-  const int64_t query_pairs = ceil_div(args.heads, 2), key_pairs = ceil_div(args.kv_heads, 2);
-  const int64_t pairs = query_pairs + 2 * key_pairs;
-  // Enough blocks, if there are pairs for all their warps.
-  const int64_t blocks = ceil_div(tokens, kTokens);
+  const int64_t blocks = ceil_div(tokens, kThreads / kLanes);
+  // Enough blocks: a team works on kLeastHeads at least, since each loads the angles.
   const int64_t wanted = ceil_div(int64_t{kBlocksWanted} * device_limits().processors, blocks);
-  const int64_t most = ceil_div(pairs, kWarps);
-  const int64_t each = ceil_div(most, std::min(wanted, most)) * kWarps;
-  const int64_t splits = ceil_div(pairs, each);
-  const HeadPlan plan{static_cast<int>(tokens),    static_cast<int>(splits),
-                      static_cast<int>(each),      static_cast<int>(query_pairs),
-                      static_cast<int>(key_pairs), FastDiv(static_cast<int>(args.seq))};
-  launch_early(&head_kernel<kDtype, kChunks>, blocks * splits, kThreads, 0, stream, args, plan);
+  const int64_t most = blocks > device_limits().processors ? heads / kLeastHeads : heads;
+  const int64_t each = ceil_div(heads, std::max(int64_t{1}, std::min(wanted, most)));
+  const int64_t splits = ceil_div(heads, each);
+  const HeadPlan plan{static_cast<int>(tokens), static_cast<int>(splits), static_cast<int>(each),
+                      FastDiv(static_cast<int>(args.seq))};
+  launch_early(&head_kernel<kDtype, kLanes>, blocks * splits, kThreads, 0, stream, args, plan);
 }
 
 template <DType kDtype>
@@ -470,12 +406,14 @@ void append(const KvAppendArgs& args, Stream stream) {
       args.matrix.size == 1 || (args.matrix.size == args.head_dim && args.matrix.factor_order == 1);
   if (aligned && whole && args.rotary == args.head_dim) {
     switch (args.head_dim) {
-      case 64:
-        return launch_heads<kDtype, 1>(args, stream);
-      case 128:
+      case 32:
         return launch_heads<kDtype, 2>(args, stream);
-      case 256:
+      case 64:
         return launch_heads<kDtype, 4>(args, stream);
+      case 128:
+        return launch_heads<kDtype, 8>(args, stream);
+      case 256:
+        return launch_heads<kDtype, 16>(args, stream);
       default:
         break;
     }

@@ -1,20 +1,20 @@
 // Quantization of rows that need no transform: a row, or its norm, or a gated activation, in one
 // pass. Maths: kernels/quantize.h and kernels/fused_quantize.h.
 //
-// Layout and parallelisation. A team of warps reads a row once and keeps it in registers, up to 16
+// Layout and parallelisation. A team of warps reads a row once and keeps it in registers, up to 8
 // chunks of 8 elements a thread, neighbours in neighbouring threads:
 //
 //   1. the range (and the norm's sum of squares), over the team: shuffles and one barrier;
 //   2. every thread makes the grid for itself, then codes from what it holds.
 //
-// A norm's inverse multiplies the range, so that step 1 finds both, and the grid's inverse, so that
-// it costs no instruction an element. Groups of 2^k chunks, 4 to 32, find their ranges by shuffles
-// alone; a thread makes the grid of one of them. A row that is longer than a team can hold is read
-// again in each step, from the L2. Rows of one warp: kSmallTeams a block, no barrier.
+// A norm's inverse multiplies the range, so that step 1 finds both; with a weight also the grid's
+// inverse, so that it costs no instruction an element. Groups of
+// 2^k chunks, 4 to 32, find their ranges by shuffles alone; a thread makes the grid of one of them.
+// A row that is longer than a team can hold is read again in each step, from the L2.
+// Rows of one warp: kSmallTeams a block, no barrier.
 //
-// Bound: memory; with a norm and a weight the instructions are near: 11 an element, and some 250 a
-// thread, which therefore holds twice as many chunks. Above 400 lines: rows held, read again and of
-// one warp share the steps.
+// Bound: memory; with a norm and a weight the instructions, about 20 an element. Above 400 lines:
+// rows held, read again and of one warp share the steps.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -32,7 +32,8 @@ namespace quarot::cuda {
 
 /// Warps of a block whose teams are single warps.
 constexpr int kSmallTeams = 4;
-constexpr int kMaxTeam = 1024;
+/// Few rows: fewer than so many chunks a multiprocessor.
+constexpr int kFewChunks = 1024;
 /// Between these a grid's inverse times a norm's loses no bits.
 constexpr float kLeastInverse = 0x1p-100f, kMostInverse = 0x1p120f;
 /// Chunks of a group: powers of two from here to a warp.
@@ -50,8 +51,7 @@ struct RowPlan {
 // ---- Readers: what a thread loads of a chunk, keeps, and makes of it ----------------------------
 
 /// A thread loads kInFlight chunks before it uses them, and holds at most kHeld, of few rows about
-/// kFewHeld; few are fewer than kFewChunks a multiprocessor. Raw{} and Held{} are zeros. kSplits: a
-/// row may be read as several.
+/// kFewHeld. Raw{} and Held{} are zeros. kSplits: a row may be read as several.
 template <class Source>
 struct RowReader;
 
@@ -84,7 +84,7 @@ struct RowReader<RowSource<kDtype>> {
   using Held = Chunk<kDtype>;
   using Seen = std::conditional_t<kDtype == DType::f32, FloatRange, PairRange<kDtype>>;
   static constexpr int kHeld = kDtype == DType::f32 ? 4 : 8, kInFlight = kHeld;
-  static constexpr int kMaxTeam = 1024, kFewHeld = 4, kFewChunks = 1024;
+  static constexpr int kMaxTeam = 1024, kFewHeld = 4;
   static constexpr bool kNormalised = false, kWeighted = false, kSplits = true;
   static constexpr Rounding kRounding = Rounding::exact;
 
@@ -127,7 +127,6 @@ struct FloatHolder {
   };
   using Seen = FloatRange;
   static constexpr bool kSplits = false;
-  static constexpr Rounding kRounding = Rounding::fused;
 
   __device__ __forceinline__ void forget(Held&) const {}
   __device__ __forceinline__ void values(float (&v)[kChunk], const Held& held) const {
@@ -148,8 +147,9 @@ struct RowReader<GluSource<kDtype>> : FloatHolder {
     Chunk<kDtype> gate, up;
   };
   static constexpr int kHeld = 4, kInFlight = kDtype == DType::f32 ? 1 : 2;
-  static constexpr int kMaxTeam = 1024, kFewHeld = 4, kFewChunks = 1024;
+  static constexpr int kMaxTeam = 1024, kFewHeld = 4;
   static constexpr bool kNormalised = false, kWeighted = false;
+  static constexpr Rounding kRounding = Rounding::fused;
 
   explicit RowReader(const GluSource<kDtype>& s) : source(s) {}
 
@@ -206,12 +206,13 @@ struct RowReader<RmsnormSource<kDtype, false, kWeight>> : RowReader<RowSource<kD
   using Rows = RowReader<RowSource<kDtype>>;
   RmsnormSource<kDtype, false, kWeight> norm;
 
-  static constexpr bool kNormalised = true, kSplits = false;
+  static constexpr bool kNormalised = true, kSplits = false, kWeighted = false;
 
   explicit RowReader(const RmsnormSource<kDtype, false, kWeight>& s) : Rows{s}, norm(s) {}
 
-  __device__ __forceinline__ void add_squares(float& squares,
-                                              const typename Rows::Held& held) const {
+  __device__ __forceinline__ void hold(typename Rows::Held& held, const typename Rows::Raw& raw,
+                                       int, float, float& squares) const {
+    held = raw;
     float v[kChunk];
     to_floats<kDtype>(v, held);
 #pragma unroll
@@ -226,11 +227,10 @@ struct RowReader<RmsnormSource<kDtype, true, kWeight>> : FloatHolder {
   RmsnormSource<kDtype, true, kWeight> norm;
 
   using Raw = Chunk<kDtype>;
-  static constexpr int kHeld = kDtype == DType::f32 ? 4 : 8;
-  static constexpr int kInFlight = kDtype == DType::f32 ? 1 : 8;
-  static constexpr int kMaxTeam = kDtype == DType::f32 ? 1024 : 512;
-  static constexpr int kFewHeld = 2, kFewChunks = 1024;
+  static constexpr int kHeld = 4, kInFlight = kDtype == DType::f32 ? 1 : 4;
+  static constexpr int kMaxTeam = 1024, kFewHeld = 2;
   static constexpr bool kNormalised = true, kWeighted = true;
+  static constexpr Rounding kRounding = Rounding::fused;
   /// Between these a sum of squares, and what it is made of, neither overflows nor loses bits.
   static constexpr float kLeastSquares = 0x1p-100f, kMostSquares = 0x1p120f;
 
@@ -287,25 +287,17 @@ __device__ __forceinline__ RowStats reduce_team(RowStats s, int warps, bool symm
   return s;
 }
 
-/// kCount: chunks that a thread holds; kReread: none, since the team could not hold the row.
-/// kGrouped: a scale a group, not a row.
-constexpr int kReread = 0;
-
-template <class Source, int kCount>
-constexpr int kTeamBound =
-    kCount == RowReader<Source>::kHeld ? RowReader<Source>::kMaxTeam : kMaxTeam;
-
-template <class Source, int kCount, bool kGrouped>
-__global__ void __launch_bounds__(kTeamBound<Source, kCount>)
+/// kLong: rows that a team cannot hold. kGrouped: a scale a group, not a row.
+template <class Source, bool kLong, bool kGrouped>
+__global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
     quantize_rows_kernel(const __grid_constant__ RowPlan p,
                          const __grid_constant__ RowReader<Source> reader,
                          const __grid_constant__ QuantizedRows out) {
   using Reader = RowReader<Source>;
   using Held = typename Reader::Held;
   using Seen = typename Reader::Seen;
-  constexpr bool kLong = kCount == kReread;
-  constexpr int kHeld = kLong ? 1 : kCount;
-  __shared__ RowStats memory[2][kTeamBound<Source, kCount> / kWarp];
+  constexpr int kHeld = kLong ? 1 : Reader::kHeld;
+  __shared__ RowStats memory[2][Reader::kMaxTeam / kWarp];
   wait_for_previous_grid();
   start_next_grid();
   const int lane = threadIdx.x % kWarp, warps = p.team / kWarp;
@@ -338,7 +330,7 @@ __global__ void __launch_bounds__(kTeamBound<Source, kCount>)
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         if ((begin + i) * p.team >= chunks) continue;  // no thread has it, nor looks at it
-        if constexpr (Reader::kWeighted) {
+        if constexpr (Reader::kNormalised) {
           const int chunk = min(start + (begin + i) * p.team, chunks - 1);
           reader.hold(held[begin + i], raw[i], chunk, factor, stats.squares);
         } else {
@@ -358,21 +350,17 @@ __global__ void __launch_bounds__(kTeamBound<Source, kCount>)
       body(member);
     }
   };
-  // Calls body(std::bool_constant<choice>).
-  const auto by = [](bool choice, const auto& body) {
-    choice ? body(std::true_type{}) : body(std::false_type{});
+  // Calls body(std::bool_constant<symmetric>).
+  const auto by_symmetry = [&](const auto& body) {
+    symmetric ? body(std::true_type{}) : body(std::false_type{});
   };
-  const auto find_stats = [&] {
-    by(symmetric, [&](auto is_symmetric) {
+  const auto find_range = [&] {
+    by_symmetry([&](auto is_symmetric) {
       Seen seen;
       each_step([&](int) {
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
-          if (i * p.team >= chunks) continue;
-          if constexpr (Reader::kNormalised && !Reader::kWeighted) {
-            reader.add_squares(stats.squares, held[i]);
-          }
-          if constexpr (!kGrouped) reader.template see<is_symmetric.value>(seen, held[i]);
+          if (i * p.team < chunks) reader.template see<is_symmetric.value>(seen, held[i]);
         }
       });
       const Range range = seen.range(is_symmetric.value);
@@ -383,8 +371,12 @@ __global__ void __launch_bounds__(kTeamBound<Source, kCount>)
 
   // 1. What the row has in common.
   if constexpr (!kLong) read(member);
+  if constexpr (!kGrouped) {
+    find_range();
+  } else if constexpr (kLong && Reader::kNormalised) {
+    each_step([](int) {});
+  }
   if constexpr (Reader::kNormalised || !kGrouped) {
-    find_stats();
     stats = reduce_team<Reader::kNormalised>(stats, warps, symmetric, memory[0]);
   }
   if constexpr (Reader::kNormalised) {
@@ -396,7 +388,7 @@ __global__ void __launch_bounds__(kTeamBound<Source, kCount>)
         rest = 1.0f;
         if constexpr (!kLong) read(member);
         if constexpr (!kGrouped) {
-          find_stats();
+          find_range();
           stats = reduce_team<false>(stats, warps, symmetric, memory[1]);
         }
       }
@@ -447,24 +439,25 @@ __global__ void __launch_bounds__(kTeamBound<Source, kCount>)
     each_step([&](int start) {
 #pragma unroll
       for (int begin = 0; begin < kHeld; begin += kBatch) {
-        if (begin * p.team >= chunks) continue;
         Range ranges[kBatch], mine;
-        by(symmetric, [&](auto is_symmetric) {
+        by_symmetry([&](auto is_symmetric) {
 #pragma unroll
           for (int i = 0; i < kBatch; ++i) {
             Seen seen;
             reader.template see<is_symmetric.value>(seen, held[begin + i]);
             ranges[i] = seen.range(is_symmetric.value);
           }
-        });
-        for (int step = 1; step < p.lanes; step *= 2) {
+          for (int step = 1; step < p.lanes; step *= 2) {
 #pragma unroll
-          for (int i = 0; i < kBatch; ++i) {
-            Range& r = ranges[i];
-            r.high = max(r.high, __shfl_xor_sync(kAllLanes, r.high, step));
-            if (!symmetric) r.low = max(r.low, __shfl_xor_sync(kAllLanes, r.low, step));
+            for (int i = 0; i < kBatch; ++i) {
+              Range& r = ranges[i];
+              r.high = max(r.high, __shfl_xor_sync(kAllLanes, r.high, step));
+              if (!is_symmetric.value) {
+                r.low = max(r.low, __shfl_xor_sync(kAllLanes, r.low, step));
+              }
+            }
           }
-        }
+        });
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
           if (index == i) mine = ranges[i];
@@ -529,27 +522,18 @@ void launch_rows(const Source& source, int64_t rows, int64_t n, const QuantizedR
     }
   }
   // Few rows: fewer chunks a thread, so that each has less to do.
-  const bool few = p.chunks < int64_t{device_limits().processors} * Reader::kFewChunks;
-  // A kernel of its own for them where a thread of many rows holds too much for a large team.
-  constexpr int kFew = Reader::kMaxTeam < kMaxTeam ? Reader::kHeld / 2 : Reader::kHeld;
-  const auto launch_held = [&](auto count, int held) {
-    constexpr int kCount = decltype(count)::value;
-    p.team = static_cast<int>(ceil_div(ceil_div(p.row_chunks, int64_t{held}), kWarp)) * kWarp;
-    if (kCount == kReread || p.team > kTeamBound<Source, kCount>) {
-      p.team = kTeamBound<Source, kCount>;
-    }
-    const int teams = p.team == kWarp ? kSmallTeams : 1;
-    const auto kernel = p.lanes == 0 ? &quantize_rows_kernel<Source, kCount, false>
-                                     : &quantize_rows_kernel<Source, kCount, true>;
-    launch_early(kernel, ceil_div(p.rows, teams), teams * p.team, 0, stream, p, reader, out);
-  };
-  if (few && p.row_chunks <= kMaxTeam * kFew) {
-    launch_held(std::integral_constant<int, kFew>{}, Reader::kFewHeld);
-  } else if (p.row_chunks <= Reader::kMaxTeam * Reader::kHeld) {
-    launch_held(std::integral_constant<int, Reader::kHeld>{}, Reader::kHeld);
-  } else {
-    launch_held(std::integral_constant<int, kReread>{}, 1);
-  }
+  const bool few = p.chunks < int64_t{device_limits().processors} * kFewChunks;
+  const int64_t least = ceil_div(p.row_chunks, Reader::kMaxTeam);
+  const int64_t each = std::max(int64_t{few ? Reader::kFewHeld : Reader::kHeld}, least);
+  const bool is_long = each > Reader::kHeld;
+  p.team = is_long ? Reader::kMaxTeam
+                   : static_cast<int>(ceil_div(ceil_div(p.row_chunks, each), kWarp)) * kWarp;
+  const int teams = p.team == kWarp ? kSmallTeams : 1;
+  const auto kernel = p.lanes == 0 ? (is_long ? &quantize_rows_kernel<Source, true, false>
+                                              : &quantize_rows_kernel<Source, false, false>)
+                                   : (is_long ? &quantize_rows_kernel<Source, true, true>
+                                              : &quantize_rows_kernel<Source, false, true>);
+  launch_early(kernel, ceil_div(p.rows, teams), teams * p.team, 0, stream, p, reader, out);
 }
 
 constexpr HadamardMatrix kNoTransform{1, 1, nullptr, 1.0f};
