@@ -33,6 +33,16 @@ struct RowSource {
 
   static constexpr int kBytes = bytes_of(kType);
   bool is_dense(int64_t n) const { return row_stride == n; }
+  /// A chunk is kInputs times 16 bytes: where they are.
+  static constexpr int kInputs = kBytes / 2;
+  static constexpr int kUnitBytes = kChunk * kBytes;  // between chunks
+  __device__ __forceinline__ int input_offset(int input) const { return input * 16; }
+  __device__ __forceinline__ void values(float (&v)[kChunk], const uint4 (&in)[kInputs]) const {
+    Raw raw;
+#pragma unroll
+    for (int i = 0; i < kInputs; ++i) raw.words[i] = in[i];
+    to_floats<kType>(v, raw);
+  }
   __device__ __forceinline__ const char* row(int64_t row) const {
     return static_cast<const char*>(data) + row * row_stride * bytes_of(kType);
   }
@@ -118,6 +128,18 @@ struct GluSource {
 
   static constexpr int kBytes = bytes_of(kType);
   bool is_dense(int64_t) const { return false; }
+  /// A chunk is kInputs times 16 bytes, first of gate: where they are.
+  static constexpr int kHalf = kBytes / 2, kInputs = 2 * kHalf;
+  static constexpr int kUnitBytes = kChunk * kBytes;  // between chunks
+  __device__ __forceinline__ int input_offset(int input) const {
+    return input / kHalf * n * kBytes + input % kHalf * 16;
+  }
+  __device__ __forceinline__ void values(float (&v)[kChunk], const uint4 (&in)[kInputs]) const {
+    Raw raw;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) raw.gate.words[i] = in[i], raw.up.words[i] = in[kHalf + i];
+    values(v, raw);
+  }
   __device__ __forceinline__ const char* row(int64_t row) const {
     return static_cast<const char*>(data) + row * row_stride * bytes_of(kType);
   }

@@ -271,10 +271,8 @@ bool launch_transform(const HadamardMatrix& matrix, int64_t rows, int64_t n, int
   if (!plan_transform(p, matrix, rows, n, inner, kColumns, source.is_dense(n), Op::kPlanes,
                       Op::kScaled, slots_per_row, Sink::kSlotBytes))
     return false;
-  launch(!p.simple                 ? &transform_kernel<Source, Sink, kColumns, false, false>
-         : p.stacked * p.side == 1 ? &transform_kernel<Source, Sink, kColumns, true, true>
-                                   : &transform_kernel<Source, Sink, kColumns, true, false>,
-         persistent_blocks(p), p.threads, p.shared_bytes, stream, p, source, sink);
+  launch(&transform_kernel<Source, Sink, kColumns, false, false>, persistent_blocks(p), p.threads,
+         p.shared_bytes, stream, p, source, sink);
   return true;
 }
 
