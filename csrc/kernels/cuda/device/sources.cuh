@@ -46,13 +46,6 @@ struct RowSource {
   __device__ __forceinline__ const char* row(int64_t row) const {
     return static_cast<const char*>(data) + row * row_stride * bytes_of(kType);
   }
-  /// The chunk at `column` of row(...), and of the rows that follow it where they are dense.
-  __device__ __forceinline__ Raw load_from(const char* row, uint32_t column) const {
-    return load_chunk<kType>(row + column * static_cast<uint32_t>(bytes_of(kType)), 0);
-  }
-  __device__ __forceinline__ void announce(const char* row, int column) const {
-    prefetch_l2(row + column * bytes_of(kType));
-  }
   __device__ __forceinline__ Raw load(int64_t row, int column) const {
     return load_chunk<kType>(data, row * row_stride + column);
   }
@@ -142,14 +135,6 @@ struct GluSource {
   }
   __device__ __forceinline__ const char* row(int64_t row) const {
     return static_cast<const char*>(data) + row * row_stride * bytes_of(kType);
-  }
-  __device__ __forceinline__ Raw load_from(const char* row, uint32_t column) const {
-    const char* at = row + column * static_cast<uint32_t>(bytes_of(kType));
-    return {load_chunk<kType>(at, 0), load_chunk<kType>(at, n)};
-  }
-  __device__ __forceinline__ void announce(const char* row, int column) const {
-    prefetch_l2(row + column * bytes_of(kType));
-    prefetch_l2(row + (column + n) * bytes_of(kType));
   }
   __device__ __forceinline__ Raw load(int64_t row, int column) const {
     const int64_t i = row * row_stride + column;
