@@ -15,7 +15,7 @@
 namespace quarot::cuda {
 
 constexpr int kGroupColumns = 64;  // of X that a warp multiplies
-constexpr int kGroupBits = 6;
+constexpr int kColumnBits = 6;
 constexpr int kPaddedGroup = 72;  // floats of a group in the exchange: 4 more a 32, see kBankStep
 constexpr int kBankStep = 8;   // rows of the exchange begin 8 banks apart, 16 bytes a chunk of them
 constexpr int kLeastBits = 3;  // of a segment: a chunk
@@ -27,7 +27,12 @@ constexpr int kZeroBytes = kGroupColumns * 2;
 
 /// Values of a thread are 32 row_tiles, so that these threads have the registers they need.
 constexpr int max_threads(int row_tiles) { return row_tiles == 1 ? 768 : 512; }
-constexpr int kFewThreads = 512;
+#ifdef QUAROT_ONE
+constexpr bool kClusters = false;
+#else
+constexpr bool kClusters = true;
+#endif
+constexpr int kFewThreads = 768;
 
 /// Sizes are in elements unless they say otherwise.
 struct FwhtPlan {
@@ -118,17 +123,17 @@ inline int blocks_of_processor(const FwhtPlan& p, const DeviceLimits& device) {
 /// A plan with these parameters, if there is one.
 inline bool plan_tile(FwhtPlan& p, const FwhtRequest& r, const DeviceLimits& device, int bits,
                       int row_tiles, int buffers) {
-  if ((row_tiles == 1 && bits == kMostBits) || (row_tiles == 2 && bits < kGroupBits)) return false;
-  if ((buffers == 2 && r.areas > 1) || (!r.dense && bits < kGroupBits)) return false;
+  if ((row_tiles == 1 && bits == kMostBits) || (row_tiles == 2 && bits < kColumnBits)) return false;
+  if ((buffers == 2 && r.areas > 1) || (!r.dense && bits < kColumnBits)) return false;
   if (!plan_matrix(p, r, bits, row_tiles)) return false;
-  const int wide = bits > kGroupBits ? 1 << (bits - kGroupBits) : 1;       // groups of a row
-  const int per_group = bits < kGroupBits ? 1 << (kGroupBits - bits) : 1;  // rows of a group
+  const int wide = bits > kColumnBits ? 1 << (bits - kColumnBits) : 1;       // groups of a row
+  const int per_group = bits < kColumnBits ? 1 << (kColumnBits - bits) : 1;  // rows of a group
   const bool alone = p.bands == 1 && wide == 1 && r.slots <= 1 && r.areas == 1;
   int beside = std::max(1, kTileWarps / (p.bands * wide));
   // A thread's rows of F^T X are of one row of x, and a warp's chunks too.
   const int items = 4 * row_tiles / wide;
   if (!r.dense || (!alone && p.order / 4 % items != 0)) beside = 1;
-  if (!alone && bits >= kGroupBits && p.n % (32 * 4 * row_tiles * kChunk) != 0) beside = 1;
+  if (!alone && bits >= kColumnBits && p.n % (32 * 4 * row_tiles * kChunk) != 0) beside = 1;
   const int64_t fair = ceil_div(ceil_div(r.rows, device.processors), per_group);
   while (beside > 1 && beside / 2 >= fair) beside /= 2;
   p.alone = alone;
@@ -146,7 +151,7 @@ inline bool plan_tile(FwhtPlan& p, const FwhtRequest& r, const DeviceLimits& dev
 inline float cost_of(const FwhtPlan& p, const DeviceLimits& device, int areas) {
   const auto f = [](int x) { return static_cast<float>(x); };
   const float rows = f(p.bands * p.row_tiles * kMmaRows) / f(p.order);  // with those of padding
-  const int early = std::min(p.bits, kGroupBits) - 2;
+  const int early = std::min(p.bits, kColumnBits) - 2;
   const float planes = areas > 1 ? 3.0f : 1.0f;
   const float issue =
       rows * (f(early) + 1.0f + planes * f(p.steps) * (0.4f + 0.3f / f(p.row_tiles))) +
@@ -188,11 +193,11 @@ inline bool plan_few(FwhtPlan& p, const FwhtRequest& r) {
   const DeviceLimits device = device_limits();
   if (!device.starts_early || r.rows * 4 > device.processors) return false;
   int bits = std::min(r.log_n, 8);
-  while (bits > kGroupBits && r.matrix.factor_order << (r.log_n - bits) < kMmaRows) --bits;
-  if (bits < kGroupBits || !plan_matrix(p, r, bits, 1)) return false;
-  const int wide = 1 << (bits - kGroupBits);
+  while (bits > kColumnBits && r.matrix.factor_order << (r.log_n - bits) < kMmaRows) --bits;
+  if (bits < kColumnBits || !plan_matrix(p, r, bits, 1)) return false;
+  const int wide = 1 << (bits - kColumnBits);
   p.cluster = 1;  // blocks of about 4 warps, one for each scheduler
-  while (p.cluster < wide && r.slots <= 1 && p.bands * wide / p.cluster > kTileWarps)
+  while (kClusters && p.cluster < wide && r.slots <= 1 && p.bands * wide / p.cluster > kTileWarps)
     p.cluster *= 2;
   p.groups = wide / p.cluster;
   p.side = 1;
