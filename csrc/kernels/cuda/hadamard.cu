@@ -7,6 +7,8 @@
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/device/any_transform.cuh"
+#include "kernels/cuda/device/fwht_few.cuh"
+#include "kernels/cuda/device/fwht_sinks.cuh"
 #include "kernels/cuda/device/launch.cuh"
 #include "kernels/cuda/device/sinks.cuh"
 #include "kernels/cuda/device/sources.cuh"
@@ -21,6 +23,9 @@ void hadamard_of(const HadamardArgs& args, Stream stream) {
   const RowSource<kDtype> source{args.x.data, args.x.row_stride};
   const bool aligned =
       chunks_are_aligned(args.x) && reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
+  if (aligned && launch_transform_rows(args.matrix, args.x.rows, args.x.n, source,
+                                       StoreRows<kDtype>{args.out}, 0, stream))
+    return;
   if (aligned && launch_transform<true>(args.matrix, args.x.rows, args.x.n, 1, source,
                                         StoreSink<kDtype>{args.out}, 0, stream))
     return;

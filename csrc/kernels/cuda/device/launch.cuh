@@ -67,6 +67,14 @@ void launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_b
 
 }  // namespace detail
 
+/// Lets as many blocks of a kernel run on a multiprocessor as its shared memory can hold: the
+/// driver would give the L1 a share of it that leaves room for half as many.
+template <class... Params>
+void prefer_shared_memory(void (*kernel)(Params...)) {
+  QUAROT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                         cudaSharedmemCarveoutMaxShared));
+}
+
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes, Stream stream,
             const Args&... args) {

@@ -31,6 +31,13 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint4& a, uint32_t b0, 
   }
 }
 
+/// d = a * b.
+template <DType kDtype>
+__device__ __forceinline__ void mma_first(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1) {
+  d[0] = d[1] = d[2] = d[3] = 0.0f;
+  mma<kDtype>(d, a, b0, b1);
+}
+
 /// +1, -1 or 0 as 16 bits of kDtype.
 template <DType kDtype>
 __host__ __device__ constexpr uint32_t sign_bits(int sign) {

@@ -67,6 +67,11 @@ __device__ __forceinline__ uint4 load_shared(uint32_t shared) {
                : "memory");
   return r;
 }
+__device__ __forceinline__ void store_shared(uint32_t shared, const uint4& v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
 
 /// Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
 /// Lane l gets in r[m] the elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of matrix m.
@@ -316,7 +321,16 @@ __device__ __forceinline__ void store_cluster(uint32_t cluster, const int4& v) {
                "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
-/// The same of a word, asynchronously: completes 4 bytes on `barrier` of that block.
+__device__ __forceinline__ void store_cluster(uint32_t cluster, const float2& v) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(cluster), "f"(v.x), "f"(v.y)
+               : "memory");
+}
+/// At `cluster`: the larger one of v and what is there.
+__device__ __forceinline__ void max_cluster(uint32_t cluster, int v) {
+  asm volatile("red.relaxed.cluster.shared::cluster.max.s32 [%0], %1;" ::"r"(cluster), "r"(v)
+               : "memory");
+}
+/// Stores a word asynchronously: completes 4 bytes on `barrier` of that block.
 __device__ __forceinline__ void store_cluster_async(uint32_t cluster, uint32_t barrier, float v) {
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(

@@ -26,12 +26,11 @@ struct StoreSink {
   __device__ __forceinline__ void take(const TransformPlan& p, const Product& product,
                                        const Scales& scales, unsigned char*, int tile, int) const {
     const int64_t first = int64_t{tile} * p.tile_rows * p.n;
-    const float common = Scales::kOne ? scales(p, 0) : 1.0f;
 #pragma unroll
     for (int i = 0; i < kThreadChunks; ++i) {
       const int e = product.offset(i);
       if (e < 0) continue;
-      const float scale = p.scale * (Scales::kOne ? common : scales(p, p.block_size(e)));
+      const float scale = p.scale * scales(p, p.block_size(e));
       float v[kChunk];
       product.values(v, i);
 #pragma unroll
@@ -97,8 +96,7 @@ struct QuantizeSink {
     auto* slots = reinterpret_cast<Quantizer::Slot*>(memory);
     const int count = p.tile_rows * p.row_slots;
     const bool symmetric = quantizer.symmetric();
-    const float common = Scales::kOne ? scales(p, 0) : 1.0f;
-    const auto scale_of = [&](int e) { return Scales::kOne ? common : scales(p, p.block_size(e)); };
+    const auto scale_of = [&](int e) { return scales(p, p.block_size(e)); };
 
     if (pass < p.parts) {
       Range all;
@@ -109,19 +107,17 @@ struct QuantizeSink {
         if (e >= 0) {
           float v[kChunk];
           product.values(v, i);
-          range = range_of(v, symmetric);
-          if (!Scales::kOne) range = scaled(range, scale_of(e));
+          range = scaled(range_of(v, symmetric), scale_of(e));
         }
         if (count == 1) {
           all = merge(all, range);
         } else if (e >= 0) {
-          collect(p, slots[quantizer.group_chunks(e / kChunk)], range, common);
+          collect(p, slots[quantizer.group_chunks(e / kChunk)], range);
         }
       }
       if (count == 1) {
-        all.high = warp_max(all.high);
-        if (!symmetric) all.low = warp_max(all.low);
-        if (threadIdx.x % kWarp == 0) collect(p, slots[0], all, common);
+        all = {warp_max(all.high), warp_max(all.low)};
+        if (threadIdx.x % kWarp == 0) collect(p, slots[0], all);
       }
     }
     Grid only;
@@ -144,17 +140,12 @@ struct QuantizeSink {
     if (p.parts == 1 || pass >= p.parts) {
       const int64_t first = int64_t{tile} * p.tile_rows * p.n;
       const float sign = p.scale < 0.0f ? -1.0f : 1.0f;
-      Grid grid = only;
-      grid.inv *= sign * common;
 #pragma unroll
       for (int i = 0; i < kThreadChunks; ++i) {
         const int e = product.offset(i);
         if (e < 0) continue;
-        if (count > 1 || !Scales::kOne) {
-          const Grid& own = count > 1 ? slots[quantizer.group_chunks(e / kChunk)].grid : only;
-          grid = own;
-          grid.inv *= sign * scale_of(e);
-        }
+        Grid grid = count > 1 ? slots[quantizer.group_chunks(e / kChunk)].grid : only;
+        grid.inv *= sign * scale_of(e);
         float v[kChunk];
         product.values(v, i);
         store_codes<Rounding::fused>(quantizer.out, first + e, v, grid);
@@ -169,8 +160,7 @@ struct QuantizeSink {
   }
   /// The transform's scale may be negative.
   __device__ __forceinline__ void collect(const TransformPlan& p, Quantizer::Slot& slot,
-                                          Range range, float factor) const {
-    range = scaled(range, factor);
+                                          Range range) const {
     if (p.scale < 0.0f && !quantizer.symmetric()) range = {range.low, range.high};
     quantizer.collect(slot, range);
   }

@@ -33,15 +33,18 @@ struct RowSource {
 
   static constexpr int kBytes = bytes_of(kType);
   bool is_dense(int64_t n) const { return row_stride == n; }
+  /// A chunk is kInputs times 16 bytes: where they are.
+  static constexpr int kInputs = kBytes / 2;
+  static constexpr int kUnitBytes = kChunk * kBytes;  // between chunks
+  __device__ __forceinline__ int input_offset(int input) const { return input * 16; }
+  __device__ __forceinline__ void values(float (&v)[kChunk], const uint4 (&in)[kInputs]) const {
+    Raw raw;
+#pragma unroll
+    for (int i = 0; i < kInputs; ++i) raw.words[i] = in[i];
+    to_floats<kType>(v, raw);
+  }
   __device__ __forceinline__ const char* row(int64_t row) const {
     return static_cast<const char*>(data) + row * row_stride * bytes_of(kType);
-  }
-  /// The chunk at `column` of row(...), and of the rows that follow it where they are dense.
-  __device__ __forceinline__ Raw load_from(const char* row, uint32_t column) const {
-    return load_chunk<kType>(row + column * static_cast<uint32_t>(bytes_of(kType)), 0);
-  }
-  __device__ __forceinline__ void announce(const char* row, int column) const {
-    prefetch_l2(row + column * bytes_of(kType));
   }
   __device__ __forceinline__ Raw load(int64_t row, int column) const {
     return load_chunk<kType>(data, row * row_stride + column);
@@ -118,16 +121,20 @@ struct GluSource {
 
   static constexpr int kBytes = bytes_of(kType);
   bool is_dense(int64_t) const { return false; }
+  /// A chunk is kInputs times 16 bytes, first of gate: where they are.
+  static constexpr int kHalf = kBytes / 2, kInputs = 2 * kHalf;
+  static constexpr int kUnitBytes = kChunk * kBytes;  // between chunks
+  __device__ __forceinline__ int input_offset(int input) const {
+    return input / kHalf * n * kBytes + input % kHalf * 16;
+  }
+  __device__ __forceinline__ void values(float (&v)[kChunk], const uint4 (&in)[kInputs]) const {
+    Raw raw;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) raw.gate.words[i] = in[i], raw.up.words[i] = in[kHalf + i];
+    values(v, raw);
+  }
   __device__ __forceinline__ const char* row(int64_t row) const {
     return static_cast<const char*>(data) + row * row_stride * bytes_of(kType);
-  }
-  __device__ __forceinline__ Raw load_from(const char* row, uint32_t column) const {
-    const char* at = row + column * static_cast<uint32_t>(bytes_of(kType));
-    return {load_chunk<kType>(at, 0), load_chunk<kType>(at, n)};
-  }
-  __device__ __forceinline__ void announce(const char* row, int column) const {
-    prefetch_l2(row + column * bytes_of(kType));
-    prefetch_l2(row + (column + n) * bytes_of(kType));
   }
   __device__ __forceinline__ Raw load(int64_t row, int column) const {
     const int64_t i = row * row_stride + column;

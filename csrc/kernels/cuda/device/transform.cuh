@@ -1,4 +1,6 @@
-// The Hadamard transform of rows on tensor cores, for every kernel that contains one.
+// The general Hadamard transform of rows on tensor cores: rows of several blocks that share a
+// scale, rows too long for one tile, positions apart from each other. fwht.cuh is faster where it
+// can.
 //
 // Maths. A transform block of a row is a matrix X [order][segment], and out = F^T X (I (x) H) with
 // F = H_K (x) H_2^q of that order and H = H_2^s on the columns, s <= 8. H acts in two steps of 16
@@ -19,7 +21,7 @@
 //
 // Parallelisation. A warp takes 256 neighbours at a time, a lane 8 of them, through A and B and
 // writes them to the tile; after a barrier it multiplies 32 rows of F^T by 64 columns. Blocks are
-// persistent and load their next tile during that product. Columns that do not fit come in parts,
+// persistent. Columns that do not fit come in parts,
 // for each of which the rows are read again, from the L2.
 //
 // Bound: memory.
@@ -153,13 +155,12 @@ __device__ __forceinline__ void multiply(Product& product, const TransformPlan& 
 // ---- The kernel ---------------------------------------------------------------------------------
 
 /// What the sink needs of a tile: the bits of its blocks' largest elements.
-template <DType kFirst, bool kScaled, bool kOnly>
+template <DType kFirst, bool kScaled>
 struct TileScales {
-  static constexpr bool kOne = kOnly;  // a tile is one block
   const int* ranges;
   /// What block `block` must be multiplied by; NaN if it is not finite.
   __device__ __forceinline__ float operator()(const TransformPlan& p, int block) const {
-    if (kOne ? !kScaled : !p.guard) return 1.0f;
+    if (!p.guard) return 1.0f;
     const int bits = ranges[block];
     if (bits >= kInfinityBits) return __int_as_float(0x7fc00000);
     return kScaled ? power_of_two(-exponent_of<kFirst>(bits)) : 1.0f;
@@ -169,36 +170,28 @@ struct TileScales {
 /// Source: kDtype; Raw, load(row, column), values (sources.cuh). Sink: kExact, kSlotBytes;
 /// passes(parts) over the parts; clear(plan, slots) before a tile; take(plan, product, scales,
 /// slots, tile, pass).
-template <class Source, class Sink, bool kColumns, bool kSimple, bool kOne>
+template <class Source, class Sink, bool kColumns>
 __global__ void __launch_bounds__(kMaxTransformThreads, 1)
     transform_kernel(const __grid_constant__ TransformPlan p, const Source source,
                      const Sink sink) {
   using Op = Operands<Source, Sink::kExact, kColumns>;
-  constexpr bool kEarly = kSimple && Op::kDirect;  // else registers are too few
   unsigned char* data = dynamic_shared();
   unsigned char* table = data + p.table_at;
   int* ranges = reinterpret_cast<int*>(data + p.ranges_at);
   unsigned char* slots = data + p.slots_at;
   const int slots_bytes = p.tile_rows * p.row_slots * Sink::kSlotBytes;
   stage_factor(p, reinterpret_cast<int8_t*>(data));  // the tile is not there yet
-  const Loader<Source, Op, kColumns, kSimple, kOne> load(p, source, data);
+  const Loader<Source, Op, kColumns> load(p, source, data);
 
   int tile = blockIdx.x;
-  typename Source::Raw raw[kThreadChunks];  // of the next tile, kEarly
-  if constexpr (kEarly) {
-    const auto run = load.run_of(tile);
-#pragma unroll
-    for (int i = 0; i < kThreadChunks; ++i) load.fetch(raw[i], run, 0, i);
-  }
   cp_async_wait_all();
   __syncthreads();
   make_table<Op::kMiddle>(p, reinterpret_cast<const int8_t*>(data), table);
   __syncthreads();
   load.make_lanes();
-  if constexpr (kColumns && kSimple) load.make_places();
   const int slots_of_ranges = p.stacked * p.side;
   for (int i = threadIdx.x; i < 2 * slots_of_ranges; i += blockDim.x) ranges[i] = 0;
-  for (int o = 0; o < Op::kPlanes * p.buffers; ++o) {
+  for (int o = 0; o < Op::kPlanes; ++o) {
     const int first = p.stacked * p.order * p.part_columns * 2;
     for (int i = first + threadIdx.x * 16; i < p.plane_bytes; i += blockDim.x * 16)
       *reinterpret_cast<uint4*>(data + o * p.plane_bytes + i) = {0, 0, 0, 0};
@@ -208,54 +201,35 @@ __global__ void __launch_bounds__(kMaxTransformThreads, 1)
 
   for (int turn = 0; tile < p.tiles; tile += static_cast<int>(gridDim.x), turn ^= 1) {
     int* range = ranges + turn * slots_of_ranges;
-    const int passes = kSimple ? 1 : sink.passes(p.parts);
+    const int passes = sink.passes(p.parts);
     for (int pass = 0; pass < passes; ++pass) {
       Held<Op::kDirect> held[kThreadChunks];
-      const auto read = [&](int batch) {
-        if constexpr (kEarly) {
-#pragma unroll
-          for (int i = 0; i < kThreadChunks; ++i) load.hold(held[i], raw[i]);
-        } else {
+      if (p.guard && pass == 0) {
+        for (int batch = 0; batch < p.batches; ++batch) {
           load.read(held, tile, batch);
-        }
-      };
-      const int batches = kSimple ? 1 : p.batches;
-      if (kSimple) read(0);
-      if ((kOne ? Op::kScaled : p.guard) && pass == 0) {
-        for (int batch = 0; batch < batches; ++batch) {
-          if (!kSimple) read(batch);
           load.measure(held, batch, range);
         }
       }
-      const int part = kSimple ? 0 : pass % p.parts;
+      const int part = pass % p.parts;
       // All know the ranges and have multiplied what was in the tile's buffer before.
-      if (p.guard || p.buffers == 1) __syncthreads();
+      __syncthreads();
       if (p.guard && pass == 0) {
         for (int i = threadIdx.x; i < slots_of_ranges; i += blockDim.x)
           ranges[(turn ^ 1) * slots_of_ranges + i] = 0;
       }
-      const int buffer = p.buffers == 2 ? turn * p.buffer_bytes : 0;
-      for (int batch = 0; batch < batches; ++batch) {
-        if (!kSimple) read(batch);
-        load.spread(held, batch, part, range, buffer);
-      }
-      if (kEarly && tile + static_cast<int>(gridDim.x) < p.tiles) {
-        const auto next = load.run_of(tile + static_cast<int>(gridDim.x));
-#pragma unroll
-        for (int i = 0; i < kThreadChunks; ++i) load.fetch(raw[i], next, 0, i);
+      for (int batch = 0; batch < p.batches; ++batch) {
+        load.read(held, tile, batch);
+        load.spread(held, batch, part, range);
       }
       __syncthreads();
       if (pass == 0) sink.clear(p, slots + (turn ^ 1) * slots_bytes);
-      if (!kEarly && tile + static_cast<int>(gridDim.x) < p.tiles)
-        load.announce(tile + static_cast<int>(gridDim.x));
-
       const int64_t rows_left = p.rows - int64_t{tile} * p.tile_rows;
       const int blocks = static_cast<int>(min(static_cast<int64_t>(p.tile_rows), rows_left)) *
                          p.row_blocks.divisor();
       Product product;
-      multiply<Op::kMiddle, Op::kPlanes>(product, p, data + buffer, table, part, blocks);
-      sink.take(p, product, TileScales<Op::kFirst, Op::kScaled, kOne>{range},
-                slots + turn * slots_bytes, tile, pass);
+      multiply<Op::kMiddle, Op::kPlanes>(product, p, data, table, part, blocks);
+      sink.take(p, product, TileScales<Op::kFirst, Op::kScaled>{range}, slots + turn * slots_bytes,
+                tile, pass);
     }
   }
 }
@@ -271,10 +245,8 @@ bool launch_transform(const HadamardMatrix& matrix, int64_t rows, int64_t n, int
   if (!plan_transform(p, matrix, rows, n, inner, kColumns, source.is_dense(n), Op::kPlanes,
                       Op::kScaled, slots_per_row, Sink::kSlotBytes))
     return false;
-  launch(!p.simple                 ? &transform_kernel<Source, Sink, kColumns, false, false>
-         : p.stacked * p.side == 1 ? &transform_kernel<Source, Sink, kColumns, true, true>
-                                   : &transform_kernel<Source, Sink, kColumns, true, false>,
-         persistent_blocks(p), p.threads, p.shared_bytes, stream, p, source, sink);
+  launch(&transform_kernel<Source, Sink, kColumns>, persistent_blocks(p), p.threads, p.shared_bytes,
+         stream, p, source, sink);
   return true;
 }
 

@@ -39,9 +39,7 @@ struct TransformPlan {
   int groups, batches;  // of the loads: groups of 256, or chunks; batches of them a thread's chunks
   int items;            // warps that multiply
   int thread_chunks;    // of a batch; even: two at a time hide each other's latency
-  bool simple;          // a tile is one batch, one part and one run of memory
   bool wide;            // a warp multiplies 16 rows of F^T by 128 columns, not 32 by 64
-  int elements;         // of the loads
   bool guard;           // find the blocks' largest elements before the transform
   int row_step;         // elements between rows of the tile's matrix
   int row_slots;        // of the sink
@@ -49,9 +47,7 @@ struct TransformPlan {
   const int8_t* factor;
   int factor_order, log_sylvester;  // K, q
   float scale;
-  int buffers;  // of tiles: with two, a barrier less
-  int plane_bytes, buffer_bytes, table_at, places_at, lanes_at, ranges_at, slots_at, shared_bytes,
-      threads;
+  int plane_bytes, table_at, lanes_at, ranges_at, slots_at, shared_bytes, threads;
   FastDiv row_blocks, block_size, by_order, by_segment, block_groups, side_blocks, row_units,
       warp_tiles;
 };
@@ -121,38 +117,23 @@ inline bool plan_transform(TransformPlan& p, const HadamardMatrix& m, int64_t ro
     p.items = warp_rows * (p.part_columns / warp_columns);
     p.threads = few ? kMaxTransformThreads : p.items * kWarp;
     const int elements = p.stacked * p.side * size;
-    p.elements = elements;
     p.groups = elements / (has_columns ? kGroup : kChunk);
     const int lanes = has_columns ? p.threads / kWarp : p.threads;
     p.batches = static_cast<int>(ceil_div(p.groups, kThreadChunks * lanes));
     p.thread_chunks =
         p.batches == 1 ? round_up(static_cast<int>(ceil_div(p.groups, lanes)), 2) : kThreadChunks;
-    p.simple = p.batches == 1 && p.parts == 1 && (tile_rows == 1 || dense) &&
-               (p.block_bits == 0 || p.order == 1);
     p.plane_bytes = p.depth * p.part_columns * 2;
     const int factor_bytes = round_up(p.factor_order * p.factor_order, 128);
-    p.buffer_bytes = planes * p.plane_bytes;
     const int table_bytes = p.depth * table_pitch(p.depth) + 2 * kMmaRows;
-    const int places_bytes = has_columns ? kThreadChunks * lanes * 4 : 0;
     const int ranges_bytes = round_up(2 * p.stacked * p.side * 4, 16);
     const int slots_bytes =
         round_up(2 * static_cast<int>(tile_rows * slots_per_row) * slot_bytes, 16);
     const int lanes_bytes = kWarp * kLaneBytes;
-    const int others = table_bytes + places_bytes + lanes_bytes + ranges_bytes + slots_bytes;
-    const auto bytes = [&](int buffers) {
-      const int tiles = buffers * p.buffer_bytes;
-      return (tiles < factor_bytes ? factor_bytes : tiles) + others;
-    };
-    const auto blocks = [&](int buffers) {
-      const int by_shared = device.processor_shared_bytes / (bytes(buffers) + kReservedSharedBytes);
-      const int by_registers = kMaxTransformThreads / p.threads;
-      return by_shared < by_registers ? by_shared : by_registers;
-    };
-    p.buffers = p.simple && bytes(2) <= device.block_shared_bytes && blocks(2) >= blocks(1) ? 2 : 1;
-    p.shared_bytes = bytes(p.buffers);
+    const int others = table_bytes + lanes_bytes + ranges_bytes + slots_bytes;
+    const int tile_bytes = planes * p.plane_bytes;
+    p.shared_bytes = (tile_bytes < factor_bytes ? factor_bytes : tile_bytes) + others;
     p.table_at = p.shared_bytes - others;
-    p.places_at = p.table_at + table_bytes;
-    p.lanes_at = p.places_at + places_bytes;
+    p.lanes_at = p.table_at + table_bytes;
     p.ranges_at = p.lanes_at + lanes_bytes;
     p.slots_at = p.ranges_at + ranges_bytes;
     return p.items * kWarp <= kMaxTransformThreads && p.shared_bytes <= device.block_shared_bytes;

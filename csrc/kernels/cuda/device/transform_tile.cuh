@@ -205,7 +205,7 @@ struct Held<false> {
 
 /// Loads, measures and spreads a thread's chunks of a tile: one of each of its groups of 256
 /// neighbours; without columns, any chunk.
-template <class Source, class Op, bool kColumns, bool kSimple, bool kOne>
+template <class Source, class Op, bool kColumns>
 struct Loader {
   using Chunk8 = Held<Op::kDirect>;
   static constexpr int kInputs = Op::kDirect ? 1 : Op::kPlanes;
@@ -213,11 +213,10 @@ struct Loader {
   const TransformPlan& p;
   const Source& source;
   unsigned char* data;
-  int* places;  // [warp][chunk] the address of the group's first unit
 
   __device__ __forceinline__ Loader(const TransformPlan& plan, const Source& from,
                                     unsigned char* shared)
-      : p(plan), source(from), data(shared), places(reinterpret_cast<int*>(shared + p.places_at)) {}
+      : p(plan), source(from), data(shared) {}
 
   /// What a lane needs to transform its part of a group. It waits in shared memory: registers are
   /// short while a warp multiplies.
@@ -287,45 +286,28 @@ struct Loader {
     const int2 at = place(position(g, 0));
     return unit_address(p, at.x, at.y);
   }
-  /// Fills `places`.
-  __device__ __forceinline__ void make_places() const {
-    const int warps = blockDim.x / kWarp;
-    for (int i = threadIdx.x; i < kThreadChunks * warps; i += blockDim.x) {
-      places[i] = place_of(i % kThreadChunks * warps + i / kThreadChunks);
-    }
-  }
-
-  __device__ __forceinline__ int chunk_at(int i) const {
-    return static_cast<int>(threadIdx.x / kWarp) * kGroup + lane_chunk() +
-           i * static_cast<int>(blockDim.x) * kChunk;
-  }
   /// A tile's rows.
   struct Run {
     int64_t first;
     int rows;
-    const char* data;
   };
   __device__ __forceinline__ Run run_of(int tile) const {
     const int64_t first = int64_t{tile} * p.tile_rows, left = p.rows - first;
     const int rows = left < 0 ? 0 : static_cast<int>(min(left, int64_t{p.tile_rows}));
-    return {first, rows, source.row(first)};
+    return {first, rows};
   }
   /// Loads chunk i of a batch, zeros where there is none.
   __device__ __forceinline__ void fetch(typename Source::Raw& raw, const Run& run, int batch,
                                         int i) const {
     if (i / 2 * 2 >= p.thread_chunks) return;
-    if (!kOne) raw = {};  // else no other block meets what is not there
-    if constexpr (kSimple) {
-      if (chunk_at(i) < run.rows * p.n) raw = source.load_from(run.data, chunk_at(i));
-    } else {
-      const int g = index(batch, i);
-      const Position at = position(g, kColumns ? lane_chunk() : 0);
-      const int row = p.row_blocks(at.block);
-      if (g < p.groups && row < run.rows) {
-        raw = source.load(run.first + row,
-                          (at.block - row * p.row_blocks.divisor()) * p.block_size.divisor() +
-                              at.row * p.segment + at.column);
-      }
+    raw = {};
+    const int g = index(batch, i);
+    const Position at = position(g, kColumns ? lane_chunk() : 0);
+    const int row = p.row_blocks(at.block);
+    if (g < p.groups && row < run.rows) {
+      raw = source.load(run.first + row,
+                        (at.block - row * p.row_blocks.divisor()) * p.block_size.divisor() +
+                            at.row * p.segment + at.column);
     }
   }
   /// Loads and holds a batch, kInFlight chunks at a time.
@@ -339,17 +321,6 @@ struct Loader {
     for (int i = 0; i < kThreadChunks; ++i) {
       hold(held[i], raw[i % kInFlight]);
       if (i + kInFlight < kThreadChunks) fetch(raw[i % kInFlight], run, batch, i + kInFlight);
-    }
-  }
-  /// Asks the L2 for a tile.
-  __device__ __forceinline__ void announce(int tile) const {
-    if constexpr (kSimple) {
-      const Run run = run_of(tile);
-      constexpr int kLine = 128 / Source::kBytes;  // a lane a line of 128 bytes
-      for (int at = static_cast<int>(threadIdx.x) * kLine; at < run.rows * p.n;
-           at += static_cast<int>(blockDim.x) * kLine) {
-        source.announce(run.data, at);
-      }
     }
   }
   __device__ __forceinline__ void hold(Chunk8& held, const typename Source::Raw& raw) const {
@@ -377,28 +348,17 @@ struct Loader {
     }
   }
   __device__ __forceinline__ int block_of(int batch, int i) const {
-    if constexpr (kSimple) return p.block_size(chunk_at(i));
     return position(index(batch, i), kColumns ? lane_chunk() : 0).block;
   }
   __device__ __forceinline__ bool has_chunk(int batch, int i) const {
-    return kSimple ? chunk_at(i) < p.elements : index(batch, i) < p.groups;
+    return index(batch, i) < p.groups;
   }
   __device__ __forceinline__ void measure(const Chunk8 (&held)[kThreadChunks], int batch,
                                           int* ranges) const {
-    int most = 0;
 #pragma unroll
     for (int i = 0; i < kThreadChunks; ++i) {
-      if (i / 2 * 2 >= p.thread_chunks) continue;
-      const int bits = largest(held[i]);
-      if constexpr (kOne) {
-        most = has_chunk(batch, i) ? max(most, bits) : most;
-      } else if (has_chunk(batch, i)) {
-        atomicMax(ranges + block_of(batch, i), bits);
-      }
-    }
-    if constexpr (kOne) {
-      most = __reduce_max_sync(0xffffffffu, most);
-      if (threadIdx.x % kWarp == 0) atomicMax(ranges, most);
+      if (i / 2 * 2 < p.thread_chunks && has_chunk(batch, i))
+        atomicMax(ranges + block_of(batch, i), largest(held[i]));
     }
   }
 
@@ -425,28 +385,17 @@ struct Loader {
 
   /// Transforms the columns of a thread's chunks and writes those of `part` to the tile.
   __device__ __forceinline__ void spread(const Chunk8 (&held)[kThreadChunks], int batch, int part,
-                                         const int* ranges, int buffer) const {
+                                         const int* ranges) const {
     const int first_column = part * p.part_columns;
     const Lane lane = this_lane();
     const GroupSigns& signs = lane.signs;
     int e = 0;
-    if (kOne && Op::kScaled) {
-      e = exponent_of<Op::kFirst>(ranges[0]);
-      forget_origin(e);
-    }
-    int place[kThreadChunks];
-    if constexpr (kSimple && kColumns) {
-      const auto* from = reinterpret_cast<const int4*>(places) + threadIdx.x / kWarp * 2;
-      const int4 low = from[0], high = from[1];
-      place[0] = low.x, place[1] = low.y, place[2] = low.z, place[3] = low.w;
-      place[4] = high.x, place[5] = high.y, place[6] = high.z, place[7] = high.w;
-    }
 #pragma unroll
     for (int i = 0; i < kThreadChunks; ++i) {
       if (i % 2 == 0 && i >= p.thread_chunks) break;
       const int g = index(batch, i);
       bool dead = false;  // must not reach other blocks
-      if (!kOne && p.guard) {
+      if (p.guard) {
         const int range = has_chunk(batch, i) ? ranges[block_of(batch, i)] : 0;
         dead = range >= kInfinityBits;
         if (Op::kScaled) e = exponent_of<Op::kFirst>(range);
@@ -469,14 +418,9 @@ struct Loader {
           mma<Op::kMiddle>(x.v[1], word[o], signs.b[1].x, signs.b[1].y);
         }
         to_planes<Op::kMiddle>(word, x, signs.minus);
-        bool mine = has_chunk(batch, i);
-        int to = ((kSimple ? place[i] : place_of(g)) ^ lane.bits) + lane.offset + buffer;
-        if constexpr (!kSimple) {
-          const int2 at = this->place(position(g, lane.unit));
-          mine = mine && at.y >= first_column && at.y < first_column + p.part_columns;
-          to -= first_column * 2;
-        }
-        if (mine) {
+        const int2 at = this->place(position(g, lane.unit));
+        const int to = (place_of(g) ^ lane.bits) + lane.offset - first_column * 2;
+        if (has_chunk(batch, i) && at.y >= first_column && at.y < first_column + p.part_columns) {
 #pragma unroll
           for (int o = 0; o < Op::kPlanes; ++o)
             *reinterpret_cast<uint4*>(data + o * p.plane_bytes + to) = word[o];
@@ -487,8 +431,7 @@ struct Loader {
         const int2 at = this->place(position(g, 0));
         const int column = at.y - first_column;
         if (g >= p.groups || column < 0 || column >= p.part_columns) continue;
-        const int first =
-            buffer + unit_address(p, at.x, at.y) - first_column * 2 + (column >> 3 & 3) * 4;
+        const int first = unit_address(p, at.x, at.y) - first_column * 2 + (column >> 3 & 3) * 4;
 #pragma unroll
         for (int o = 0; o < kInputs; ++o) {
           unsigned char* to = data + o * p.plane_bytes;
