@@ -137,6 +137,10 @@ __device__ __forceinline__ void mma_s4(int (&d)[4], const uint4& a, uint32_t b0,
 __device__ __forceinline__ void barrier_sync(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
+/// Counts this thread at such a barrier without waiting: what it wrote is visible to those that wait.
+__device__ __forceinline__ void barrier_arrive(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
 
 // ---- Numbers ------------------------------------------------------------------------------------
 
@@ -420,6 +424,34 @@ __device__ __forceinline__ void wgmma_s8(int (&d)[32], const uint32_t (&a)[4], u
       "{%32, %33, %34, %35}, %36, p;}"
       : QUAROT_INOUT_16(d, 0), QUAROT_INOUT_16(d, 16)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+}
+__device__ __forceinline__ void wgmma_s8(int (&d)[16], const uint32_t (&a)[4], uint64_t b, bool add) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %21, 0; "
+      "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "{%16, %17, %18, %19}, %20, p;}"
+      : QUAROT_INOUT_16(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+}
+__device__ __forceinline__ void wgmma_s8(int (&d)[8], const uint32_t (&a)[4], uint64_t b, bool add) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %13, 0; "
+      "wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, p;}"
+      : QUAROT_INOUT_4(d, 0), QUAROT_INOUT_4(d, 4)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+}
+/// The same of uint8, with a[64, 32] in shared memory, too.
+__device__ __forceinline__ void wgmma_u8(int (&d)[32], uint64_t a, uint64_t b, bool add) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %34, 0; "
+      "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.u8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "%32, %33, p;}"
+      : QUAROT_INOUT_16(d, 0), QUAROT_INOUT_16(d, 16)
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 // clang-format on
 #undef QUAROT_INOUT_16
