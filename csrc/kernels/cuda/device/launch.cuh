@@ -14,33 +14,36 @@ constexpr int kDefaultSharedBytes = 48 * 1024;
 constexpr int kReservedSharedBytes = 1024;
 
 struct DeviceLimits {
+  int device = -1;
   int processors;
   int block_shared_bytes;
   int processor_shared_bytes;
+  int compute_major;
   bool starts_early;  // programmatic dependent launch, sm_90
 };
 
-/// The current device's compute capability, without the minor number.
-inline int compute_major() {
-  int device = 0, major = 0;
-  QUAROT_CUDA_CHECK(cudaGetDevice(&device));
-  QUAROT_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return major;
-}
-
-inline DeviceLimits device_limits() {
+/// Of the current device: asked for when a thread comes to another device, not at each call.
+inline const DeviceLimits& device_limits() {
+  thread_local DeviceLimits limits;
   int device = 0;
-  DeviceLimits limits{};
   QUAROT_CUDA_CHECK(cudaGetDevice(&device));
-  QUAROT_CUDA_CHECK(
-      cudaDeviceGetAttribute(&limits.processors, cudaDevAttrMultiProcessorCount, device));
-  QUAROT_CUDA_CHECK(cudaDeviceGetAttribute(&limits.block_shared_bytes,
-                                           cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  QUAROT_CUDA_CHECK(cudaDeviceGetAttribute(&limits.processor_shared_bytes,
-                                           cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-  limits.starts_early = compute_major() >= 9;
+  if (device == limits.device) return limits;
+  const auto ask = [device](cudaDeviceAttr attribute) {
+    int value = 0;
+    QUAROT_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+    return value;
+  };
+  limits.processors = ask(cudaDevAttrMultiProcessorCount);
+  limits.block_shared_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  limits.processor_shared_bytes = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  limits.compute_major = ask(cudaDevAttrComputeCapabilityMajor);
+  limits.starts_early = limits.compute_major >= 9;
+  limits.device = device;
   return limits;
 }
+
+/// The current device's compute capability, without the minor number.
+inline int compute_major() { return device_limits().compute_major; }
 
 namespace detail {
 

@@ -26,6 +26,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels/cuda/device/launch.cuh"
@@ -67,6 +68,9 @@ struct MmaConfig {
   static_assert((kStages & (kStages - 1)) == 0 && kStages >= 2);
   static_assert(kWarpsN == 1 || kWarpsK <= 15, "hardware barriers 1-15");
 };
+
+/// Of each row of tiles, that are asked for before the kernel before is done.
+constexpr int kPrefetchTiles = 2;
 
 // ---- Device helpers -----------------------------------------------------------------------------
 
@@ -158,6 +162,24 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     }
     cp_async_commit();
   };
+
+  // The weights depend on no kernel before this one, or if they do, are mended in the L2: their
+  // first tiles may be asked for.
+  if (lane < C::kRowTiles) {
+    const int tile = min(first_tile + wn * C::kRowTiles + lane, row_tiles - 1);
+    const int count = min(end - begin, kPrefetchTiles);
+    if (count > 0) {
+      bulk_prefetch_l2(
+          static_cast<const uint8_t*>(a.w) + (int64_t{tile} * k_tiles + begin) * kTileBytes,
+          count * kTileBytes);
+    }
+  }
+  if (!kGrouped && threadIdx.x < C::kBlockTiles) {
+    prefetch_l2(a.w_scale +
+                min((first_tile + static_cast<int>(threadIdx.x)) * int64_t{kTileRows}, a.n - 1));
+  }
+  start_next_grid();
+  wait_for_previous_grid();
 
   // [part][token][channel]: the parts are groups of columns (kTerms) or of warps.
   float* sums =
@@ -339,12 +361,24 @@ int64_t mma_shared_bytes(const LinearInt4Args& args) {
   return C::kWarpsK * C::kRingBytes + args.groups * 4 * rows * C::kOutStride;
 }
 
+/// Shared memory of which no processor has enough for two blocks. While a kernel runs, blocks of
+/// the next one come to wait beside it; where two fit, two of the same kernel meet on some
+/// processors, while others have none.
+inline int64_t alone(int64_t bytes) {
+  const DeviceLimits& limits = device_limits();
+  const int64_t half = limits.processor_shared_bytes / 2;
+  return std::max(bytes, std::min(half, int64_t{limits.block_shared_bytes}));
+}
+
 template <class C, bool kGrouped, bool kPacked>
 void launch_mma(const LinearInt4Args& args, Stream stream) {
   const int64_t token_blocks = ceil_div(args.m, C::kTokens);
-  launch(&mma_kernel<C, kGrouped, kPacked>, ceil_div(args.n, C::kChannels) * token_blocks,
-         C::kThreads, static_cast<int>(mma_shared_bytes<C, kGrouped>(args)), stream, args,
-         static_cast<int>(token_blocks));
+  const int64_t blocks = ceil_div(args.n, C::kChannels) * token_blocks;
+  int64_t bytes = mma_shared_bytes<C, kGrouped>(args);
+  // For few tokens the memory is the bound, and two blocks are as good in one place as in two.
+  if (C::kTokenTiles > 1 && blocks <= device_limits().processors) bytes = alone(bytes);
+  launch_early(&mma_kernel<C, kGrouped, kPacked>, blocks, C::kThreads, static_cast<int>(bytes),
+               stream, args, static_cast<int>(token_blocks));
 }
 
 }  // namespace quarot::cuda

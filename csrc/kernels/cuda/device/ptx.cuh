@@ -37,8 +37,8 @@ __device__ __forceinline__ void cp_async_16_or_zero(uint32_t shared, const void*
                "r"(valid ? 16 : 0)
                : "memory");
 }
-/// shared[0, kBytes) <- global[0, kBytes), 8 or 16, through the L1: data that several warps of an
-/// SM read.
+/// shared[0, kBytes) <- global[0, kBytes), 4, 8 or 16, through the L1: data that several warps of
+/// an SM read.
 template <int kBytes>
 __device__ __forceinline__ void cp_async_l1(uint32_t shared, const void* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(global), "n"(kBytes)
@@ -264,6 +264,13 @@ __device__ __forceinline__ void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
+/// L2 <- `bytes`, a multiple of 16, from a multiple of 16; nothing before sm_90.
+__device__ __forceinline__ void bulk_prefetch_l2(const void* global, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+#endif
+}
+
 // ---- sm_90a: asynchronous copies, barriers in shared memory, warpgroups -------------------------
 //
 // Addresses named `shared` are of this block unless a function says otherwise; a barrier is 8
@@ -350,6 +357,12 @@ __device__ __forceinline__ void tma_load_multicast(uint32_t shared, const void* 
       "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(blocks)
       : "memory");
 }
+/// L2 <- the map's box at (x, y).
+__device__ __forceinline__ void tma_prefetch_l2(const void* map, int x, int y) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(x),
+               "r"(y)
+               : "memory");
+}
 /// The map's box at (x, y) <- shared, as a part of this thread's current group of stores.
 __device__ __forceinline__ void tma_store(const void* map, int x, int y, uint32_t shared) {
   asm volatile(
@@ -403,6 +416,20 @@ __device__ __forceinline__ void wgmma_wait() {
   QUAROT_INOUT_4(d, i), QUAROT_INOUT_4(d, i + 4), QUAROT_INOUT_4(d, i + 8), \
       QUAROT_INOUT_4(d, i + 12)
 // clang-format off: 16 registers a line
+__device__ __forceinline__ void wgmma_s8(int (&d)[80], const uint32_t (&a)[4], uint64_t b, bool add) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %85, 0; "
+      "wgmma.mma_async.sync.aligned.m64n160k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79}, "
+      "{%80, %81, %82, %83}, %84, p;}"
+      : QUAROT_INOUT_16(d, 0), QUAROT_INOUT_16(d, 16), QUAROT_INOUT_16(d, 32), QUAROT_INOUT_16(d, 48),
+        QUAROT_INOUT_16(d, 64)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+}
 __device__ __forceinline__ void wgmma_s8(int (&d)[64], const uint32_t (&a)[4], uint64_t b, bool add) {
   asm volatile(
       "{.reg .pred p; setp.ne.b32 p, %69, 0; "
