@@ -357,6 +357,9 @@ __device__ __forceinline__ void tma_load_multicast(uint32_t shared, const void* 
       "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(blocks)
       : "memory");
 }
+__device__ __forceinline__ void tensor_map_prefetch(const void* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
 /// L2 <- the map's box at (x, y).
 __device__ __forceinline__ void tma_prefetch_l2(const void* map, int x, int y) {
   asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(x),
@@ -416,20 +419,6 @@ __device__ __forceinline__ void wgmma_wait() {
   QUAROT_INOUT_4(d, i), QUAROT_INOUT_4(d, i + 4), QUAROT_INOUT_4(d, i + 8), \
       QUAROT_INOUT_4(d, i + 12)
 // clang-format off: 16 registers a line
-__device__ __forceinline__ void wgmma_s8(int (&d)[80], const uint32_t (&a)[4], uint64_t b, bool add) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %85, 0; "
-      "wgmma.mma_async.sync.aligned.m64n160k32.s32.s8.s8 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79}, "
-      "{%80, %81, %82, %83}, %84, p;}"
-      : QUAROT_INOUT_16(d, 0), QUAROT_INOUT_16(d, 16), QUAROT_INOUT_16(d, 32), QUAROT_INOUT_16(d, 48),
-        QUAROT_INOUT_16(d, 64)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
-}
 __device__ __forceinline__ void wgmma_s8(int (&d)[64], const uint32_t (&a)[4], uint64_t b, bool add) {
   asm volatile(
       "{.reg .pred p; setp.ne.b32 p, %69, 0; "
@@ -440,6 +429,17 @@ __device__ __forceinline__ void wgmma_s8(int (&d)[64], const uint32_t (&a)[4], u
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
       "{%64, %65, %66, %67}, %68, p;}"
       : QUAROT_INOUT_16(d, 0), QUAROT_INOUT_16(d, 16), QUAROT_INOUT_16(d, 32), QUAROT_INOUT_16(d, 48)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+}
+__device__ __forceinline__ void wgmma_s8(int (&d)[48], const uint32_t (&a)[4], uint64_t b, bool add) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %53, 0; "
+      "wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
+      "{%48, %49, %50, %51}, %52, p;}"
+      : QUAROT_INOUT_16(d, 0), QUAROT_INOUT_16(d, 16), QUAROT_INOUT_16(d, 32)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
 }
 __device__ __forceinline__ void wgmma_s8(int (&d)[32], const uint32_t (&a)[4], uint64_t b, bool add) {
@@ -468,17 +468,6 @@ __device__ __forceinline__ void wgmma_s8(int (&d)[8], const uint32_t (&a)[4], ui
       "%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, p;}"
       : QUAROT_INOUT_4(d, 0), QUAROT_INOUT_4(d, 4)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
-}
-/// The same of uint8, with a[64, 32] in shared memory, too.
-__device__ __forceinline__ void wgmma_u8(int (&d)[32], uint64_t a, uint64_t b, bool add) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %34, 0; "
-      "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.u8 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "%32, %33, p;}"
-      : QUAROT_INOUT_16(d, 0), QUAROT_INOUT_16(d, 16)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 // clang-format on
 #undef QUAROT_INOUT_16

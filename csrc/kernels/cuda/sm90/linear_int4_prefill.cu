@@ -30,10 +30,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int g = 0; g < kConsumers; ++g) mbarrier_init(shared + C::kResidualAt + g * 8, 1);
     mbarrier_init_fence();
   }
-  if (threadIdx.x == kConsumers * kGroupThreads) prefetch_weights<C>(p);
-  start_next_grid();
-  wait_for_previous_grid();
   cluster_arrive();
+  start_next_grid();
+  if (threadIdx.x == kConsumers * kGroupThreads) prefetch<C>(p);
+  wait_for_previous_grid();
   cluster_wait();
   const int group = static_cast<int>(threadIdx.x) / kGroupThreads;
   if (group == kConsumers) {
@@ -48,9 +48,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     registers_take<kConsumerRegisters>();
     Consumer<C>{p, shared, group, threadIdx.x % kGroupThreads, {}}.run();
   }
-  // Another block may still copy to this one, or arrive here.
-  cluster_arrive();
-  cluster_wait();
+  if (p.pair > 1) {  // the neighbour may still copy to this block, or arrive here
+    cluster_arrive();
+    cluster_wait();
+  }
 #else
   __trap();
 #endif

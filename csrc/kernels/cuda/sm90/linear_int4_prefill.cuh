@@ -9,23 +9,24 @@
 // 32. A shift and a mask make of them 16 times the codes as int8; sums are 16 * acc, exact while
 // k < 2^17.
 //
-// A block makes tiles of 256 output channels x 128 or 64 tokens: four warpgroups multiply, 64
+// A block makes tiles of 256 output channels x 128, 64 or 32 tokens: four warpgroups multiply, 64
 // channels each; a thread of a fifth one fills a ring of stages of 128 columns with the tensor copy
 // engine, activations in the 128-byte swizzle that wgmma reads. With four, there is always one that
-// keeps the tensor cores busy while others widen, convert or store. Outputs are transposed through
-// shared memory and stored by the copy engine where rows are aligned.
+// keeps the tensor cores busy while others widen, convert or store. Outputs of 16 bits are
+// transposed through boxes in shared memory and stored by the copy engine, which has brought the
+// residual there, a piece every few stages; others are stored one by one.
 //
-//     cluster of `pair` = 2 blocks: neighbouring channels; each copies half of the activations, to
-//                       both
-//     cluster of `split` blocks: parts of k, where there are fewer tiles than processors; the sums,
-//                       which are exact, are exchanged through shared memory, a piece of tokens
-//                       each
+//     whole tiles    in clusters of `pair` = 2 blocks: neighbouring channels; each copies half of
+//                    the activations, to both
+//     parted tiles   each block of the cluster has a part of k, where there are fewer tiles than
+//                    processors, or in the last wave, one for each two blocks; the sums, which are
+//                    exact, are exchanged through the rings, and each block finishes some pieces
 //
 // Grouped scales: the sums of a group are converted and added up in fp32 at its end; 64 tokens,
 // since a thread holds both kinds of sums.
 //
-// Bound: the int8 tensor cores, at the clock that the power limit leaves; with grouped scales, the
-// conversions.
+// Bound: the int8 tensor cores, at the clock that the power limit leaves; for few tokens, the
+// weights' way from memory; with grouped scales, the conversions.
 #pragma once
 
 #include <cuda.h>
@@ -108,8 +109,8 @@ struct Config {
   static constexpr int kSharedBytes = kSwizzleBytes + kResidualAt + kConsumers * 8;
   static_assert((2 * kStages + kConsumers) * 8 <= kBarrierBytes);
   static_assert(kTokenBytes % kSwizzleBytes == 0 && kPieceBytes % kSwizzleBytes == 0);
-  /// Whether the ring holds what the parts of k exchange.
-  static constexpr bool kSplits = most_received(kConsumers * kPieces) * kPieceSumBytes <= kPiecesAt;
+  // The ring holds what the parts of k exchange.
+  static_assert(most_received(kConsumers* kPieces) * kPieceSumBytes <= kPiecesAt);
 };
 
 /// The first of the warpgroups' barriers; 0 is __syncthreads.
@@ -237,10 +238,11 @@ __device__ __forceinline__ void fill_ring(const Params& p, uint32_t shared) {
   });
 }
 
-/// Asks for the first weights: they depend on no kernel before this one, or if they do, are mended
-/// in the L2.
+/// Asks for the tensor maps and the first weights. These depend on no kernel before this one, or if
+/// they do, are mended in the L2.
 template <class C>
-__device__ __forceinline__ void prefetch_weights(const Params& p) {
+__device__ __forceinline__ void prefetch(const Params& p) {
+  for (const CUtensorMap* map : {&p.w, &p.x, &p.out}) tensor_map_prefetch(map);
   bool first = true;
   for_tiles<C>(p, [&](const Tile& tile) {
     if (!first) return;
@@ -314,8 +316,8 @@ struct Consumer {
   __device__ __forceinline__ int* zeros() const {
     return reinterpret_cast<int*>(shared_pointer(shared + C::kZerosAt)) + group * C::kTokens;
   }
-  __device__ __forceinline__ int warp() const { return static_cast<int>(thread) / kWarp; }
-  __device__ __forceinline__ int lane() const { return static_cast<int>(thread) % kWarp; }
+  __device__ __forceinline__ int warp() const { return static_cast<int>(thread / kWarp); }
+  __device__ __forceinline__ int lane() const { return static_cast<int>(thread % kWarp); }
   __device__ __forceinline__ void sync() const {
     barrier_sync(kGroupBarrier + group, kGroupThreads);
   }
@@ -634,7 +636,6 @@ struct Consumer {
 #pragma unroll
     for (int b = 0; b < C::kPieces; ++b) {
       if ((owned >> b & 1) == 0) continue;
-      pin(thread);
       float v[kBlock];
       scale_block(v, sums + b * kBlock, b, c);
       if (p.load_boxes) add_fetched(v, b);
