@@ -142,6 +142,10 @@ __device__ __forceinline__ void mma_s4(int (&d)[4], const uint4& a, uint32_t b0,
 __device__ __forceinline__ void barrier_sync(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
+/// Counts this thread at such a barrier without waiting: what it wrote is visible to those that wait.
+__device__ __forceinline__ void barrier_arrive(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
 
 // ---- Numbers ------------------------------------------------------------------------------------
 
@@ -488,6 +492,14 @@ __device__ __forceinline__ void wgmma_s8(int (&d)[16], const uint32_t (&a)[4], u
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
       "{%16, %17, %18, %19}, %20, p;}"
       : QUAROT_INOUT_16(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+}
+__device__ __forceinline__ void wgmma_s8(int (&d)[8], const uint32_t (&a)[4], uint64_t b, bool add) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %13, 0; "
+      "wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, p;}"
+      : QUAROT_INOUT_4(d, 0), QUAROT_INOUT_4(d, 4)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
 }
 // clang-format on

@@ -9,6 +9,7 @@
 #include "kernels/cuda/device/ptx.cuh"
 #include "kernels/cuda/sm90/linear_int4_prefill.cuh"
 #include "kernels/cuda/sm90/linear_int4_prefill.h"
+#include "kernels/cuda/sm90/tensor_map.cuh"
 
 namespace quarot::cuda {
 namespace {
@@ -65,32 +66,6 @@ constexpr int64_t kMaxRows = int64_t{1} << 30;
 /// A group has whole halves of stages.
 constexpr int kGroupMultiple = kColumns / 2;
 constexpr int kGroupedTokens = 64;
-
-/// A tensor map of rows of `width` elements.
-CUtensorMap tensor_map(const void* data, CUtensorMapDataType type, int64_t rows, int64_t width,
-                       int64_t row_bytes, int box_rows, int box_width, CUtensorMapSwizzle swizzle) {
-  static const auto encode = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    QUAROT_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
-                                                       cudaEnableDefault, &found));
-    QUAROT_ASSERT(found == cudaDriverEntryPointSuccess, "the driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
-  }();
-  CUtensorMap map;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(row_bytes)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_width), static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[2] = {1, 1};
-  const CUresult status =
-      encode(&map, type, 2, const_cast<void*>(data), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  QUAROT_ASSERT(status == CUDA_SUCCESS, "cuTensorMapEncodeTiled failed");
-  return map;
-}
-
-bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 /// Whether the current device runs this file's sm_90a code.
 bool is_compiled_for_device() {
