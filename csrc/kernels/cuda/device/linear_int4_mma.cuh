@@ -20,8 +20,10 @@
 // lane's word of weights is a fragment as it is, if columns are counted in the order of its
 // nibbles, 4 t, 32 + 4 t, 4 t + 1, 33 + 4 t, ...; the tokens' nibbles are interleaved alike.
 //
-// Bound: few tokens: memory, the weights are read once (tokens come from the L1 and L2). Many
-// tokens: the tensor cores' mma.sync rate.
+// Bound: few tokens: memory, the weights are read once (tokens come from the L1 and L2). ncu, H200,
+// one token, 28672 x 4096: 18.9 us alone, 3.25 TB/s or 68 % of the memory's peak, its start and end
+// included; the tensor cores are busy 10 % of the time, and half of the cycles between a warp's
+// instructions are waits for the copies. Many tokens: the tensor cores' mma.sync rate.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -375,7 +375,7 @@ struct Consumer {
   /// The ring's barriers that this lane, below `pair`, arrives at for its warp: of each block that
   /// copies to this one; for a parted tile `pair` times its own.
   __device__ __forceinline__ uint32_t empty_barriers(const Tile& tile) const {
-    return cluster_address(shared + C::kEmptyAt, tile.parted ? rank : lane());
+    return cluster_address(shared + C::kEmptyAt, tile.parted ? rank : min(lane(), p.pair - 1));
   }
   /// This warp needs the stage no more.
   __device__ __forceinline__ void release_stage(uint32_t empty) {
