@@ -56,21 +56,20 @@ __device__ __forceinline__ Partials partials_of(const AttentionArgs& a, const Di
 
 /// Grid: row_blocks * kv_heads * splits * cluster.
 template <class C>
-__global__ void __launch_bounds__(C::kSmWarps* kWarp, 1)
+__global__ void __launch_bounds__(kThreads, C::kBlocks)
     attention_kernel(const __grid_constant__ AttentionArgs a,
                      const __grid_constant__ Division division) {
   wait_for_previous_grid();
   start_next_grid();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  const int cluster = division.cluster, warps = division.warps;
+  const int cluster = division.cluster;
   const int result = static_cast<int>(blockIdx.x) / cluster;
   const int rank = static_cast<int>(blockIdx.x) - result * cluster;
   const int index = result / division.splits;  // of head and row block
   const int kv_heads = static_cast<int>(a.kv_heads);
-  const int block_keys = division.block_keys;
   Unit unit{0, result - index * division.splits, division.splits};
   if (a.batch > 1) {
-    unit = unit_of(a, division, unit.split);
+    unit = unit_of(a, division, C::kBlockKeys, unit.split);
     if (unit.sequence < 0) return;
   }
   const int group = static_cast<int>(a.heads) / kv_heads, block = index / kv_heads;
@@ -92,19 +91,19 @@ __global__ void __launch_bounds__(C::kSmWarps* kWarp, 1)
   Queries<C> q;
   q.load(a, rows);
 
-  const Span span = span_of(a, unit.sequence, block_keys);
+  const Span span = span_of(a, unit.sequence, C::kBlockKeys);
   const auto boundary = [&](int split) {
     return (span.first + static_cast<int>(static_cast<unsigned>(span.blocks * split) /
                                           static_cast<unsigned>(unit.splits * cluster))) *
-           block_keys;
+           C::kBlockKeys;
   };
   const int split = unit.split * cluster + rank;
   const int begin = boundary(split), end = min(boundary(split + 1), span.length);
-  unsigned char* const ring = dynamic_shared() + warp * C::warp_bytes(division.stages);
+  unsigned char* const ring = dynamic_shared() + warp * C::kWarpBytes;
   int key = begin + warp * C::kKeys;
-  Copier<C> copier(a, division, ring, unit.sequence, rows.head, key, end);
-#pragma unroll 1
-  for (int i = 0; i < division.stages - 1; ++i) copier.start();
+  Copier<C> copier(a, ring, unit.sequence, rows.head, key, end);
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) copier.start();
   q.convert(a);
   Running<C> r;
   r.clear();
@@ -113,23 +112,19 @@ __global__ void __launch_bounds__(C::kSmWarps* kWarp, 1)
   const int new_key = span.length - static_cast<int>(a.seq);  // of the first query
   const int common = a.mask == nullptr ? min(new_key + rows.s(0) + 1, end) : 0;
   const int oldest = new_key + rows.s(rows.rows - 1) + 1 - static_cast<int>(a.window);
-  auto* params = reinterpret_cast<Param*>(ring + division.ring_bytes);
-  for (int stage = 0; key < end; key += block_keys) {
-    if (division.stages == 2) {
-      cp_async_wait<0>();
-    } else {
-      cp_async_wait<kManyStages - 2>();
-    }
+  auto* params = reinterpret_cast<Param*>(ring + kStages * C::kStageBytes);
+  for (int stage = 0; key < end; key += C::kBlockKeys) {
+    cp_async_wait<kStages - 2>();
     __syncwarp();  // all lanes' copies are there, and all are done with the stage before
     copier.start();
     attend<C>(r, a, q, rows, places, ring + stage, params, key, span.length,
               key >= oldest && key + C::kKeys <= common);
-    stage = stage + C::kStageBytes == division.ring_bytes ? 0 : stage + C::kStageBytes;
+    stage = stage + C::kStageBytes == kStages * C::kStageBytes ? 0 : stage + C::kStageBytes;
   }
   __syncthreads();  // the ring becomes the block's [warp][row][dim]
 
   auto* results = reinterpret_cast<float*>(dynamic_shared());
-  __shared__ Stats stats[C::kSmWarps][C::kRows];
+  __shared__ Stats stats[kWarps][C::kRows];
   const float value_unit = inverse_of_power(r.value_unit);
 #pragma unroll
   for (int n = 0; n < C::kTiles; ++n) {
@@ -149,19 +144,18 @@ __global__ void __launch_bounds__(C::kSmWarps* kWarp, 1)
   }
   __syncthreads();
   // The cluster's blocks share the dimensions: rank, rank + cluster, ... are this one's.
-  auto* received =
-      reinterpret_cast<float*>(dynamic_shared() + warps * C::shared_bytes(division.stages));
+  auto* received = reinterpret_cast<float*>(dynamic_shared() + C::kRingBytes);
   auto* their_stats = reinterpret_cast<Stats*>(received + C::kRows * C::kDim);
   const int share = C::kDim / cluster;
 #if __CUDA_ARCH__ >= 900
   if (cluster > 1) cluster_wait();
 #endif
-  for (int row = warp; row < rows.rows; row += warps) {
+  for (int row = warp; row < rows.rows; row += kWarps) {
     float maximum = kLowest, sum = 0.0f, total[C::kDim / kWarp] = {};
-#pragma unroll 4
-    for (int w = 0; w < warps; ++w) maximum = fmaxf(maximum, stats[w][row].maximum);
-#pragma unroll 4
-    for (int w = 0; w < warps; ++w) {
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) maximum = fmaxf(maximum, stats[w][row].maximum);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
       const float factor = exp2_fast(stats[w][row].maximum - maximum);
       sum += stats[w][row].sum * factor;
 #pragma unroll
@@ -200,7 +194,7 @@ __global__ void __launch_bounds__(C::kSmWarps* kWarp, 1)
 #endif
 
   const Partials partials = partials_of<C::kRows>(a, division);
-  for (int row = warp; row < rows.rows; row += warps) {
+  for (int row = warp; row < rows.rows; row += kWarps) {
     for (int column = lane; column < share; column += kWarp) {
       float maximum = kLowest, sum = 0.0f, total = 0.0f;
 #pragma unroll 8
@@ -228,7 +222,7 @@ __global__ void __launch_bounds__(C::kSmWarps* kWarp, 1)
 template <int kDim, int kRows>
 __global__ void __launch_bounds__(kCombineWarps* kWarp)
     combine_kernel(const __grid_constant__ AttentionArgs a,
-                   const __grid_constant__ Division division) {
+                   const __grid_constant__ Division division, int block_keys) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int heads = static_cast<int>(a.heads), kv_heads = static_cast<int>(a.kv_heads);
   const int group = heads / kv_heads;
@@ -238,7 +232,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp)
   // Lengths are older than attention_kernel: no need to wait for it.
   int first = 0, parts = division.splits;
   if (a.batch > 1)
-    for_units(a, division, [&](int sequence, int begin, int count) {
+    for_units(a, division, block_keys, [&](int sequence, int begin, int count) {
       if (__ballot_sync(kAllLanes, sequence == b) == 0) return;
       first = __shfl_sync(kAllLanes, begin, b % kWarp);
       parts = __shfl_sync(kAllLanes, count, b % kWarp);
@@ -310,10 +304,10 @@ template <class C>
 void launch_attention(const AttentionArgs& a, Stream stream) {
   const Division d = divide<C>(a);
   launch_clusters(&attention_kernel<C>, int64_t{d.row_blocks} * a.kv_heads * d.splits * d.cluster,
-                  d.cluster, d.warps * kWarp, shared_bytes<C>(d), stream, a, d);
+                  d.cluster, kThreads, shared_bytes<C>(d), stream, a, d);
   if (a.batch == 1 && d.splits == 1) return;
   launch_early(&combine_kernel<C::kDim, C::kRows>, a.batch * a.seq * a.heads, kCombineWarps * kWarp,
-               0, stream, a, d);
+               0, stream, a, d, C::kBlockKeys);
 }
 
 /// Calls body(Config) of the kernel for the given shape.

@@ -15,17 +15,14 @@ namespace quarot::cuda::decode {
 
 // ---- On the host --------------------------------------------------------------------------------
 
-constexpr int kManyStages = 4;
+constexpr int kWarps = 4;  // of a block
+constexpr int kThreads = kWarps * kWarp;
 
 /// How a call is divided, from its shapes alone.
 struct Division {
   int splits;  // units of one cache head and row block
   int row_blocks;
-  int cluster;     // blocks of a unit, which add up their results; more than one: batch is 1
-  int warps;       // of a block
-  int stages;      // of a warp's ring, 2 or kManyStages
-  int block_keys;  // of one step of all warps
-  int ring_bytes;  // of all stages
+  int cluster;  // blocks of a unit, which add up their results; more than one: batch is 1
 };
 
 /// Maximum and sum of a partial result.
@@ -33,36 +30,22 @@ struct Stats {
   float maximum, sum;
 };
 
-/// Dynamic shared memory: the warps' rings, later their results; then what a cluster's other blocks
+/// Dynamic shared memory: the warps' rings, later their results; then what the cluster's blocks
 /// send, float[cluster][rows][dim / cluster] and Stats[cluster][rows].
 template <class C>
 constexpr int shared_bytes(const Division& d) {
-  return d.warps * C::shared_bytes(d.stages) +
-         C::kRows * (C::kDim * 4 + d.cluster * static_cast<int>(sizeof(Stats)));
+  return C::kRingBytes + C::kRows * (C::kDim * 4 + d.cluster * static_cast<int>(sizeof(Stats)));
 }
 
-template <class C>
-Division make_division(const AttentionArgs& a, int64_t splits, int cluster, int warps, int stages) {
-  const int64_t row_blocks = ceil_div(a.seq * (a.heads / a.kv_heads), int64_t{C::kRows});
-  return {static_cast<int>(splits), static_cast<int>(row_blocks), cluster, warps, stages,
-          warps * C::kKeys,         stages * C::kStageBytes};
-}
-
-/// One sequence, not long: clusters of few blocks, each with all of its keys under way at once, and
-/// no second kernel; cluster 1 where that does not fit.
-template <class C>
-Division divide_one(const AttentionArgs& a, const DeviceLimits& limits, int64_t keys) {
-  constexpr int kMostBlocks = 8;  // of a cluster, on every device
-  constexpr int kWarps = 8;
-  constexpr int64_t kMostSteps = 8;  // of a warp
-  Division d = make_division<C>(a, 1, 1, kWarps, kManyStages);
-  if (shared_bytes<C>(d) > limits.block_shared_bytes) d = make_division<C>(a, 1, 1, kWarps, 2);
-  const int64_t steps = ceil_div(keys, int64_t{d.block_keys});
-  while (d.cluster < kMostBlocks && d.cluster < steps &&
-         a.kv_heads * d.row_blocks * d.cluster * 2 <= limits.processors)
-    d.cluster *= 2;
-  if (steps > d.cluster * kMostSteps) d.cluster = 1;
-  return d;
+/// Blocks of a cluster for one sequence, or 1: it is too short or too long. Few blocks start
+/// sooner, but cannot fill the time that memory takes.
+inline int cluster_for(int64_t pairs, int64_t steps, int processors) {
+  constexpr int kFew = 8, kMany = 16;
+  constexpr int64_t kFewSteps = 4, kMostSteps = 8;  // of a block
+  const int most = steps > kFew * kFewSteps ? kMany : kFew;
+  int cluster = 1;
+  while (cluster < most && cluster < steps && pairs * cluster * 2 <= processors) cluster *= 2;
+  return steps <= cluster * kMostSteps ? cluster : 1;
 }
 
 /// Enough units to fill the SMs, if all sequences are equally long: the fewest that leave few idle
@@ -71,17 +54,16 @@ template <class C>
 Division divide(const AttentionArgs& a) {
   constexpr double kEnough = 0.9;
   constexpr int kMostWaves = 4;
-  constexpr int kWarps = 4;
   const DeviceLimits limits = device_limits();
-  Division d = make_division<C>(a, 1, 1, kWarps, 2);
-  const int64_t keys = std::min(a.capacity, a.seq - 1 + a.window + d.block_keys - 1);
+  const int64_t row_blocks = ceil_div(a.seq * (a.heads / a.kv_heads), int64_t{C::kRows});
+  const int64_t pairs = a.batch * a.kv_heads * row_blocks;
+  const int64_t slots = int64_t{limits.processors} * C::kBlocks;
+  const int64_t keys = std::min(a.capacity, a.seq - 1 + a.window + C::kBlockKeys - 1);
+  const int64_t longest = ceil_div(keys, int64_t{C::kBlockKeys});
   if (a.batch == 1 && limits.starts_early) {
-    const Division one = divide_one<C>(a, limits, keys);
-    if (one.cluster > 1) return one;
+    const int cluster = cluster_for(pairs, longest, limits.processors);
+    if (cluster > 1) return {1, static_cast<int>(row_blocks), cluster};
   }
-  const int64_t pairs = a.batch * a.kv_heads * d.row_blocks;
-  const int64_t slots = int64_t{limits.processors} * (C::kSmWarps / kWarps);
-  const int64_t longest = ceil_div(keys, int64_t{d.block_keys});
   int64_t parts = 1;
   double best = 0;
   for (int64_t n = 1; n <= longest && (n == 1 || n * pairs <= kMostWaves * slots); ++n) {
@@ -94,8 +76,8 @@ Division divide(const AttentionArgs& a) {
     if (best >= kEnough) break;
   }
   // Rounding a sequence's parts up costs a unit each (for_units).
-  d.splits = static_cast<int>(a.batch * (parts + (a.batch > 1 ? 1 : 0)));
-  return d;
+  return {static_cast<int>(a.batch * (parts + (a.batch > 1 ? 1 : 0))), static_cast<int>(row_blocks),
+          1};
 }
 
 // ---- On the device: the sequence and keys of a block
@@ -122,11 +104,9 @@ struct Unit {
 /// of its head. find(lane's b, first, parts) is called for 32 sequences at a time.
 template <class Find>
 __device__ __forceinline__ void for_units(const AttentionArgs& a, const Division& division,
-                                          const Find& find) {
+                                          int block_keys, const Find& find) {
   const int lane = threadIdx.x % kWarp, batch = static_cast<int>(a.batch);
-  const auto blocks = [&](int b) {
-    return b < batch ? span_of(a, b, division.block_keys).blocks : 0;
-  };
+  const auto blocks = [&](int b) { return b < batch ? span_of(a, b, block_keys).blocks : 0; };
   int total = 0;
   for (int b = lane; b - lane < batch; b += kWarp) total += blocks(b);
   total = __reduce_add_sync(kAllLanes, total);
@@ -148,9 +128,9 @@ __device__ __forceinline__ void for_units(const AttentionArgs& a, const Division
 }
 
 __device__ __forceinline__ Unit unit_of(const AttentionArgs& a, const Division& division,
-                                        int unit) {
+                                        int block_keys, int unit) {
   Unit found{-1, 0, 0};
-  for_units(a, division, [&](int b, int first, int parts) {
+  for_units(a, division, block_keys, [&](int b, int first, int parts) {
     const bool mine = unit >= first && unit < first + parts;
     const unsigned who = __ballot_sync(kAllLanes, mine);
     if (who == 0) return;

@@ -37,6 +37,7 @@ namespace quarot::cuda::decode {
 
 // ---- Config -------------------------------------------------------------------------------------
 
+constexpr int kStages = 2;            // of a warp's ring; more were not faster
 constexpr int kTileKeys = kMmaRows;   // keys of one product
 constexpr float kTop = 15.0f;         // log2 of the largest weight: fp16 ends at 2^16
 constexpr float kRest = 8.0f;         // where a new maximum is put
@@ -54,7 +55,8 @@ struct Config {
   static constexpr int kRowBytes = kDim * kBits / 8;
   static constexpr int kKeys = kRowBytes >= 128 ? 16 : 32;  // of a warp's step
   static constexpr int kKeyTiles = kKeys / kTileKeys;
-  static constexpr int kSmWarps = kExact || kDim > 128 || kTiles > 1 ? 8 : 16;  // registers suffice
+  static constexpr int kBlockKeys = kWarps * kKeys;
+  static constexpr int kBlocks = kExact || kDim > 128 || kTiles > 1 ? 2 : 4;  // of an SM
   static constexpr int kWordDims = 32 / kBits;
   // 1 / what a code's lowest bit is worth as an operand: the smallest subnormal of fp16, or 1.
   static constexpr float kCodeUnit = kExact ? 1.0f : 0x1p24f;
@@ -80,17 +82,14 @@ struct Config {
   static constexpr int kRawBytes = kKeys * 6;  // k_scale, v_scale fp16, k_zero, v_zero uint8
   static constexpr int kStageBytes = 2 * kCodeBytes + kRawBytes;
   static constexpr int kParamBytes = kKeys * 16;
-  __host__ __device__ static constexpr int warp_bytes(int stages) {
-    return stages * kStageBytes + kParamBytes;
-  }
+  static constexpr int kWarpBytes = kStages * kStageBytes + kParamBytes;
   // Floats of a row in the block's reduction, and where a dimension stands there: the lanes' dims
   // are kDim / 8 apart, their rows 2.
   static constexpr int kOutStride = (kDim + 8 + 15) / 16 * 16 + 4;
   __device__ static constexpr int out_place(int dim) { return dim + dim / (kDim / 8); }
-  static constexpr int kReduceBytes = kRows * kOutStride * 4;  // of a warp
-  __host__ __device__ static constexpr int shared_bytes(int stages) {
-    return warp_bytes(stages) > kReduceBytes ? warp_bytes(stages) : kReduceBytes;
-  }
+  static constexpr int kReduceBytes = kWarps * kRows * kOutStride * 4;
+  static constexpr int kRingBytes =
+      kWarps * kWarpBytes > kReduceBytes ? kWarps * kWarpBytes : kReduceBytes;
   static_assert(kStageBytes % 16 == 0 && kCodeBytes % (16 * kWarp) == 0 && kRowBytes % 16 == 0);
 
   /// Permutes the 16-byte chunks within 128-byte lines, so that both products' reads are free of
@@ -239,15 +238,14 @@ struct Param {
 template <class C>
 class Copier {
  public:
-  __device__ __forceinline__ Copier(const AttentionArgs& a, const Division& division,
-                                    unsigned char* ring, int b, int head, int key, int end)
-      : a_(a),
-        division_(division),
-        lane_(threadIdx.x % kWarp),
-        b_(b),
-        head_(head),
-        key_(key),
-        end_(end) {
+  __device__ __forceinline__ Copier(const AttentionArgs& a, unsigned char* ring, int b, int head,
+                                    int key, int end)
+      : a_(a), lane_(threadIdx.x % kWarp), key_(key), end_(end) {
+    if constexpr (C::kPaged) {
+      b_ = b, head_ = head;
+    } else {
+      slots_ = (int64_t{b} * static_cast<int>(a.kv_heads) + head) * a.capacity;
+    }
     ring_ = shared_address(ring);
     // Chunks of 16 bytes of k_scale, v_scale, k_zero, v_zero: a lane each.
     const bool scales = lane_ < 2 * kScaleChunks;
@@ -259,6 +257,7 @@ class Copier {
     const int chunk = index - (value ? count : 0);
     raw_half_ = chunk / (scales ? 2 : 1);
     raw_shift_ = scales ? 1 : 0;
+    raw_step_ = C::kBlockKeys << raw_shift_;
     raw_ = base + chunk * 16 - (raw_half_ * kPageMultiple << raw_shift_);
     if constexpr (!C::kPaged) {
       const int64_t slot = slot_of(key);
@@ -288,12 +287,12 @@ class Copier {
       } else if (key_ < end_) {
         start_partly(stage);
       }
-      offset_ += division_.block_keys * C::kRowBytes;  // the other warps' keys lie between
-      raw_ += division_.block_keys << raw_shift_;
+      offset_ += C::kBlockKeys * C::kRowBytes;  // the other warps' keys lie between
+      raw_ += raw_step_;
     }
     cp_async_commit();
-    key_ += division_.block_keys;
-    stage_ = stage_ + C::kStageBytes == division_.ring_bytes ? 0 : stage_ + C::kStageBytes;
+    key_ += C::kBlockKeys;
+    stage_ = stage_ + C::kStageBytes == kStages * C::kStageBytes ? 0 : stage_ + C::kStageBytes;
   }
 
  private:
@@ -309,10 +308,12 @@ class Copier {
 
   /// The slot of a key below end_, or -1: the block table names a block that there is not.
   __device__ __forceinline__ int64_t slot_of(int key) const {
-    Pages pages{};
-    if constexpr (C::kPaged) pages = a_.pages;
-    const TokenPlace at = place_of(pages, a_.kv_heads, a_.capacity, b_, key);
-    return at.first < 0 ? -1 : at.first + head_ * at.apart;
+    if constexpr (C::kPaged) {
+      const TokenPlace at = place_of(a_.pages, a_.kv_heads, a_.capacity, b_, key);
+      return at.first < 0 ? -1 : at.first + head_ * at.apart;
+    } else {
+      return slots_ + key;
+    }
   }
 
   __device__ __forceinline__ void start_paged(uint32_t stage) const {
@@ -366,11 +367,12 @@ class Copier {
   }
 
   const AttentionArgs& a_;
-  const Division& division_;
-  int64_t offset_ = 0;  // of the lane's first chunk in the codes; in a paged cache not used
-  const char* raw_;     // the lane's chunk, in a paged cache that of slot 0
-  int raw_half_, raw_shift_;
-  int lane_, b_, head_, key_, end_;
+  int b_, head_;     // of a paged cache
+  int64_t slots_;    // else the first of the sequence and head,
+  int64_t offset_;   // and where the lane's first chunk is in the codes
+  const char* raw_;  // the lane's chunk, in a paged cache that of slot 0
+  int raw_step_, raw_half_, raw_shift_;
+  int lane_, key_, end_;
   int stage_ = 0;
   uint32_t ring_;
   bool aligned_;
