@@ -99,7 +99,13 @@ def results() -> Iterator[tuple[str, Tensor | None]]:
 def linear(
     randn: Callable[..., Tensor], generator: torch.Generator
 ) -> Iterator[tuple[str, Tensor]]:
-    for m, n, k, groups in ((1, 33, 64, 1), (7, 80, 256, 4), (40, 48, 1536, 1)):
+    for m, n, k, groups in (
+        (1, 33, 64, 1),
+        (3, 17, 96, 3),
+        (7, 80, 256, 4),
+        (40, 48, 1536, 1),
+        (140, 72, 2112, 1),
+    ):
         weight = torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=generator)
         w_scale = torch.rand(n, groups, generator=generator)
         w_sum = weight.reshape(n, groups, -1).sum(-1, dtype=torch.int32)

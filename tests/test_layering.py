@@ -111,7 +111,8 @@ TIERS: dict[str, tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]] = {
     "kernels cpu": (
         re.compile(r"kernels/cpu/.+"),
         re.compile(r"kernels/[^/]+\.h|kernels/cpu/.+"),
-        re.compile(r"[a-z0-9_]+|immintrin\.h"),
+        # The processor, and the kernel's word that its tiles may be used.
+        re.compile(r"[a-z0-9_]+|immintrin\.h|cpuid\.h|sys/syscall\.h|unistd\.h"),
     ),
     "kernels cuda": (
         re.compile(r"kernels/cuda/.+"),

@@ -34,6 +34,8 @@ const std::vector<Shape>& shapes() {
       {40, 6, 3, 80, {40, 65}},   // two blocks of rows, the second not full
       {3, 4, 2, 128, {2, 0}},     // fewer tokens than queries; nothing at all
       {9, 2, 1, 96, {600}},       // some queries, several splits
+      {2, 4, 1, 32, {70, 3}},     // few rows: 8 words a key at 8 bits; a part of 16 keys
+      {1, 5, 1, 128, {530}},      // 16 words at 4 bits, 32 at 8
       {200, 1, 1, 8, {257}}};
   return all;
 }

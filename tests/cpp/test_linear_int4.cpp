@@ -187,6 +187,32 @@ TEST(linear_int4_carries_nan_of_a_row_and_no_further) {
   }
 }
 
+TEST(linear_int4_depends_neither_on_threads_nor_on_alignment) {
+  for (const Shape& shape :
+       {Shape{1, 200, 320, 1}, {4, 33, 96, 3}, {7, 100, 256, 1}, {150, 72, 1088, 1}}) {
+    const Layer layer(shape, DType::bf16, true, true, Random(5));
+    const auto bytes = static_cast<size_t>(shape.m * shape.n * 2);
+    std::vector<uint8_t> expected(bytes);
+    cpu::baseline::linear_int4(layer.args(expected.data()), serial());
+    for (const cpu::Isa isa : available_isas()) {
+      for (int threads = 1; threads <= 8; ++threads) {
+        // Codes one byte and floats four bytes off what vectors would like.
+        std::vector<int8_t> x(static_cast<size_t>(shape.m * shape.k) + 1);
+        std::vector<uint8_t> w(static_cast<size_t>(prepacked_bytes(shape.n, shape.k)) + 1);
+        std::vector<uint8_t> out(bytes + 2);
+        std::memcpy(x.data() + 1, layer.x.data(), x.size() - 1);
+        std::memcpy(w.data() + 1, layer.w.data(), w.size() - 1);
+        LinearInt4Args args = layer.args(out.data() + 2);
+        args.x = x.data() + 1;
+        args.w = w.data() + 1;
+        linear_variant(isa)(args, threaded(threads));
+        CHECK(std::memcmp(out.data() + 2, expected.data(), bytes) == 0, cpu::isa_name(isa), " ",
+              threads, " threads, m=", shape.m);
+      }
+    }
+  }
+}
+
 TEST(linear_int4_may_write_over_its_residual) {
   Layer layer({61, 33, 64, 1}, DType::bf16, false, true, Random(2));
   std::vector<uint16_t> apart(61 * 33);

@@ -572,20 +572,22 @@ QUAROT_INLINE F32 erf(const F32& a) {
 
 // ---- Scratch memory ----
 
-/// A 64-byte aligned, uninitialised array of floats, with room for one vector beyond `count`.
+/// A 64-byte aligned, uninitialised array of floats, with room for one vector beyond `count`; null
+/// where count is 0.
 class Scratch {
  public:
-  explicit Scratch(int64_t count)
-      : data_(
-            static_cast<float*>(::operator new(static_cast<size_t>(count + kLanes) * sizeof(float),
-                                               static_cast<std::align_val_t>(64)))) {}
+  explicit Scratch(int64_t count) {
+    if (count == 0) return;
+    data_ = static_cast<float*>(::operator new(static_cast<size_t>(count + kLanes) * sizeof(float),
+                                               static_cast<std::align_val_t>(64)));
+  }
   ~Scratch() { ::operator delete(data_, static_cast<std::align_val_t>(64)); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   float* data() const { return data_; }
 
  private:
-  float* data_;
+  float* data_ = nullptr;
 };
 
 }  // namespace quarot::cpu::QUAROT_ISA

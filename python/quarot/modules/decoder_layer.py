@@ -12,7 +12,7 @@ translates, so there is never more than one copy of the weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,7 @@ class DecoderLayer(nn.Module):
         # A token's step is ten op calls of some microseconds: what they need and never changes is
         # looked up once. Modules in a plain dict are not registered a second time.
         self._norms = {
-            name: self.get_submodule(path)
+            name: cast(canonical.NormWeight, self.get_submodule(path))
             for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")
             if (path := getattr(a, name)) is not None
         }
