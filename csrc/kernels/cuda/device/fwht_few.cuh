@@ -158,12 +158,15 @@ bool launch_fwht_few(const HadamardMatrix& matrix, int64_t rows, int64_t n, cons
   }
 }
 
-/// fwht_few_kernel or fwht_kernel; false where neither takes the shape.
+/// fwht_few_kernel or fwht_kernel; false where neither takes the shape. Rows that are operands as
+/// they are need no cluster: to launch one costs more than it saves.
 template <class Source, class Sink>
 bool launch_transform_rows(const HadamardMatrix& matrix, int64_t rows, int64_t n,
                            const Source& source, const Sink& sink, int slots, Stream stream) {
-  return launch_fwht_few(matrix, rows, n, source, sink, slots, stream) ||
-         launch_fwht(matrix, rows, n, source, sink, slots, stream);
+  if constexpr (!Operand<Source>::kDirect) {
+    if (launch_fwht_few(matrix, rows, n, source, sink, slots, stream)) return true;
+  }
+  return launch_fwht(matrix, rows, n, source, sink, slots, stream);
 }
 
 }  // namespace quarot::cuda

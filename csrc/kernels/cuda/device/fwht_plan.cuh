@@ -27,12 +27,8 @@ constexpr int kZeroBytes = kGroupColumns * 2;
 
 /// Values of a thread are 32 row_tiles, so that these threads have the registers they need.
 constexpr int max_threads(int row_tiles) { return row_tiles == 1 ? 768 : 512; }
-#ifdef QUAROT_ONE
-constexpr bool kClusters = false;
-#else
-constexpr bool kClusters = true;
-#endif
 constexpr int kFewThreads = 768;
+constexpr int kMostClustered = 16;  // blocks of a launch in clusters: more start too slowly
 
 /// Sizes are in elements unless they say otherwise.
 struct FwhtPlan {
@@ -157,7 +153,7 @@ inline float cost_of(const FwhtPlan& p, const DeviceLimits& device, int areas) {
       rows * (f(early) + 1.0f + planes * f(p.steps) * (0.4f + 0.3f / f(p.row_tiles))) +
       f(p.bits - early);
   const int warps = blocks_of_processor(p, device) * p.threads / kWarp * p.row_tiles;
-  return issue * (1.0f + 8.0f / f(warps)) + (p.buffer_bytes == 0 ? 0.5f : 0.0f) + 0.3f * f(p.bands);
+  return issue * (1.0f + 8.0f / f(warps)) + (p.buffer_bytes == 0 ? 0.5f : 0.0f) + f(p.bands);
 }
 
 /// Plans fwht_kernel. Returns false where the shape needs another kernel.
@@ -197,7 +193,8 @@ inline bool plan_few(FwhtPlan& p, const FwhtRequest& r) {
   if (bits < kColumnBits || !plan_matrix(p, r, bits, 1)) return false;
   const int wide = 1 << (bits - kColumnBits);
   p.cluster = 1;  // blocks of about 4 warps, one for each scheduler
-  while (kClusters && p.cluster < wide && r.slots <= 1 && p.bands * wide / p.cluster > kTileWarps)
+  while (p.cluster < wide && r.slots <= 1 && p.bands * wide / p.cluster > kTileWarps &&
+         r.rows * p.cluster < kMostClustered)
     p.cluster *= 2;
   p.groups = wide / p.cluster;
   p.side = 1;
