@@ -535,7 +535,7 @@ struct Consumer {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         const int* s = sums + i * kPieceSums + v * 4;
-        store_cluster(at + v * kVectorBytes, {s[0], s[1], s[2], s[3]});
+        store_cluster(at + v * kVectorBytes, int4{s[0], s[1], s[2], s[3]});
       }
     }
     cluster_arrive();
