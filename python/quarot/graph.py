@@ -10,8 +10,8 @@ or another one comes, a step is captured anew, unless the addresses are those of
 graphs (`generate` after `generate`, mostly). Weights that moved drop all graphs of the model.
 
 Whatever is not a plain step runs eagerly: several queries, hooks on modules inside, embeddings as
-input, outputs other than logits, autocast, training, KV16 caches, other head sizes than attention's
-kernel has, several devices, the reference backend. `model.quarot_graph = False` makes everything run eagerly.
+input, outputs other than logits, autocast, training, KV16 caches, head sizes that attention has no
+kernel for, several devices, the reference backend; everything with `model.quarot_graph = False`.
 
 Over 300 lines: what a graph relies on, and when it may not run, is meant to stand in one file.
 """
