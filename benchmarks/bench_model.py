@@ -7,10 +7,13 @@ python -m pytest -s benchmarks/bench_model.py      (make bench runs all)
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+import torch
 
 from common import DEVICES, write_results
 from quarot import bench, shapes
@@ -40,20 +43,22 @@ def test_demo(device: str) -> None:
     print(f"\nwrote {write_results('model', device, list(forms.values()), **report)}")
 
 
-SECONDS = 80  # for a shape; a case that compiles may begin just before
+# For a shape; a case that compiles may begin just before.
+SECONDS = float(os.environ.get("QUAROT_BENCH_SECONDS", 80))
+PRESET = "W4A4KV4"
 
 
 @pytest.mark.skipif("cuda" not in DEVICES, reason="needs CUDA")
 @pytest.mark.parametrize("shape", shapes.SHAPES)
 @pytest.mark.parametrize("device", ["cuda"])
 def test_shape(device: str, shape: str) -> None:
-    command = [sys.executable, "-m", "quarot", "bench", "model", "--shape", shape]
-    command += ["--device", device, "--seconds", str(SECONDS), "--json"]
-    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    report = json.loads(output)
-    cases = report.pop("cases")
-    for index, case in enumerate(cases):
-        print(f"\n{bench.line(case, cases[:index])}", end="")
+    cases: list[dict[str, Any]] = []
+
+    def report(case: dict[str, Any]) -> None:
+        cases.append(case)
+        print(f"\n{device:4} {bench.line(case, cases)}", end="", flush=True)
+        # Each time: it is a run of minutes, which may be cut.
+        write_results(f"model-{shape}", device, cases, shape=shape, preset=PRESET)
+
+    bench.bench_model(bench.Plan(shape, PRESET, torch.device(device), seconds=SECONDS), report)
     assert any(case["what"] == "decode" and "ms" in case for case in cases)
-    del report["device"]  # "cuda"; the file names the chip
-    print(f"\nwrote {write_results(f'model-{shape}', device, cases, **report)}")

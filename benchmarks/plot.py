@@ -153,16 +153,16 @@ def draw_model(plt: Any, report: dict[str, Any]) -> Any:
     prefill.set_ylabel(f"prefill, times as fast as {EAGER}")
 
     forms = {"quarot": OURS, "bfloat16": EAGER}
-    (held,) = zip(*(of(report, "memory", form).values() for form in forms.values()), strict=True)
-    weights = [case["weight_bytes"] / 1e9 for case in held]
-    cache = [case["kv_bytes"] / 1e9 for case in held]
-    memory.bar([*forms], weights, color="C0", width=0.5, label="weights")
-    bars = memory.bar(
-        [*forms], cache, bottom=weights, color="C1", width=0.5,
-        label=f"KV cache of {held[0]['context']} tokens",
-    )  # fmt: skip
-    memory.bar_label(bars, [f"{a + b:.2f}" for a, b in zip(weights, cache, strict=True)])
-    memory.set_ylabel("GB")
+    held = {
+        name: case for name, form in forms.items() for case in of(report, "memory", form).values()
+    }
+    weights = [case["weight_bytes"] / 1e9 for case in held.values()]
+    cache = [case["kv_bytes"] / 1e9 for case in held.values()]
+    memory.bar([*held], weights, color="C0", width=0.5, label="weights")
+    memory.bar([*held], cache, bottom=weights, color="C1", width=0.5, label="KV cache")
+    for place, total in enumerate(map(sum, zip(weights, cache, strict=True))):
+        memory.text(place, total, f"{total:.2f}", ha="center", va="bottom")
+    memory.set_ylabel("GB, one sequence of 8192 tokens")
     memory.legend(frameon=False, fontsize="small")
 
     title = f"{report['shape']}, {report['preset']}, {report['device']}, {report['date']}"

@@ -101,7 +101,7 @@ def test_the_class_stays_what_it_was_for_others() -> None:
 
 @needs_cuda
 @pytest.mark.parametrize("preset", ["W4A4KV4", "W4A8KV8", "W16A16KV4", "W4A16KV8"])
-@pytest.mark.parametrize("head_dim", [64, 16])  # 16: attention has no kernel for so few queries
+@pytest.mark.parametrize("head_dim", [64, 128])
 def test_replay_equals_eager(preset: str, head_dim: int) -> None:
     model = on_gpu(preset, head_dim=head_dim)
     for batch, padding, static in ((1, 0, True), (1, 0, False), (3, 0, False), (3, 7, True)):
@@ -304,6 +304,9 @@ def test_settings_of_the_model_count_too(model: Any) -> None:
             assert len(model(prompt(1, 1), past_key_values=cache).hidden_states) == 3
         finally:
             model.config.output_hidden_states = False
+    captured = graphs(model)  # transformers' hooks for hidden states are still there
+    decode(model, DynamicCache(), prompt(2))
+    assert graphs(model) > captured
 
 
 @needs_cuda
@@ -324,6 +327,13 @@ def test_a_model_is_freed_with_its_graphs() -> None:
 @needs_cuda
 def test_a_kv16_cache_runs_eagerly() -> None:
     model = on_gpu("W4A4KV16")
+    decode(model, DynamicCache(), prompt())
+    assert graphs(model) == 0
+
+
+@needs_cuda
+def test_a_head_size_without_a_kernel_runs_eagerly() -> None:
+    model = on_gpu(head_dim=16)
     decode(model, DynamicCache(), prompt())
     assert graphs(model) == 0
 
@@ -374,7 +384,7 @@ def test_a_capture_that_fails_is_noted_and_decode_goes_on(
     assert caplog.text.count("capturing a decode step failed") == 1 and graphs(model) == 0
     eagerly(model, DynamicCache(), prompt())  # off and on again: it may try anew
     assert torch.equal(decode(model, DynamicCache(), prompt()), expected)
-    assert graphs(model) == 1
+    assert graphs(model) > 0
 
 
 @needs_cuda

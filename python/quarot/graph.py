@@ -10,8 +10,8 @@ or another one comes, a step is captured anew, unless the addresses are those of
 graphs (`generate` after `generate`, mostly). Weights that moved drop all graphs of the model.
 
 Whatever is not a plain step runs eagerly: several queries, hooks on modules inside, embeddings as
-input, outputs other than logits, autocast, training, KV16 caches, several devices, the reference
-backend. `model.quarot_graph = False` makes everything run eagerly.
+input, outputs other than logits, autocast, training, KV16 caches, head sizes that attention has no
+kernel for, several devices, the reference backend; everything with `model.quarot_graph = False`.
 
 Over 300 lines: what a graph relies on, and when it may not run, is meant to stand in one file.
 """
@@ -40,6 +40,11 @@ from quarot.modules.decoder_layer import DecoderLayer
 
 MOST_GRAPHS = 8
 """Graphs kept of a model; the one not used for longest goes. They share their memory."""
+
+_HEAD_DIMS = (64, 96, 128, 256)
+"""What attention has a kernel for (kernels/cuda/attention.cu); else it would write out, every step,
+all keys that the cache has room for."""
+_INERT_HOOKS = "transformers.utils.output_capturing"
 
 logger = logging.getLogger("quarot")
 
@@ -177,7 +182,12 @@ class _Recorder:
         if getattr(rotary, "rope_type", "default") in ("dynamic", "longrope"):
             return False
         devices = {t.device for t in (*model.parameters(), *model.buffers())}
-        ours = all(isinstance(m, DecoderLayer) and m.backend == "kernel" for m in self.known_layers)
+        ours = all(
+            isinstance(layer, DecoderLayer)
+            and layer.backend == "kernel"
+            and layer.geometry.head_dim in _HEAD_DIMS
+            for layer in self.known_layers
+        )
         patched = any("forward" in vars(module) for module in run)  # accelerate's hooks
         return ours and not patched and len(devices) == 1
 
@@ -223,13 +233,22 @@ class _Recorder:
         logits = graph.run(ids, mask, positions, layers, length)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
+    def _is_hooked(self) -> bool:
+        """Tell whether somebody wants to see what the modules inside do."""
+        # transformers leaves its hooks for output_hidden_states, which do nothing unless asked.
+        return any(self.hooks) and any(
+            getattr(hook, "__module__", "") != _INERT_HOOKS
+            for hooks in self.hooks
+            for hook in hooks.values()
+        )
+
     def _may_replay(self, ids: Tensor, kwargs: dict[str, Any]) -> bool:
         settings = self.settings
         return (
             _is_plain(kwargs)
             and type(ids) is Tensor
             and ids.device == self.device
-            and not any(self.hooks)
+            and not self._is_hooked()
             and settings["use_cache"]
             and settings["return_dict"]
             and not (settings["output_hidden_states"] or settings["_output_attentions"])
