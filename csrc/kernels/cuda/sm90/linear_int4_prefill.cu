@@ -178,8 +178,10 @@ Plan plan_of(const LinearInt4Args& args) {
     int tokens;
     int64_t stage, tile, exchange;
   };
-  constexpr Cost kCosts[] = {
-      {128, 1080, 3500, 4500}, {96, 840, 3000, 4000}, {64, 620, 2700, 3500}, {32, 440, 2300, 3000}};
+  constexpr Cost kCosts[] = {{128, 1080, 3500, 11000},
+                             {96, 870, 3100, 8000},
+                             {64, 640, 2700, 5000},
+                             {32, 500, 2300, 4000}};
   const int64_t stages = ceil_div(args.k, kColumns), channel_tiles = ceil_div(args.n, kChannels);
   const int pair = channel_tiles % 2 == 0 ? 2 : 1;  // no empty column of tiles
   const bool grouped = args.groups > 1;             // the order of the groups counts: no parts

@@ -26,7 +26,10 @@
 // since a thread holds both kinds of sums.
 //
 // Bound: the int8 tensor cores, at the clock that the power limit leaves; for few tokens, the
-// weights' way from memory; with grouped scales, the conversions.
+// weights' way from memory; with grouped scales, the conversions. ncu, H200, 2048 tokens, 28672 x
+// 4096: 336 us at 1.73 GHz, the tensor cores busy in 80 % of the active cycles, L2 39 %, memory 11
+// % of their peaks; a stage of columns takes 1080 cycles of 1024 that the tensor cores need, and
+// the outputs of a tile 3500 more. 32 tokens: 24 us, 2.5 TB/s, start and end included.
 #pragma once
 
 #include <cuda.h>
