@@ -43,14 +43,14 @@ constexpr int kTile = 16;
 constexpr int kMaxTiles = 8;
 constexpr int kMaxWarps = 8;
 
-template <DType kType, int kCount>
+template <DType kType, int kCount, bool kWide = false>
 struct HeadShape {
   static constexpr DType kDtype = kType;
   static constexpr int kTiles = kCount;  // of H, each way
   static constexpr int kSureHeads = kTiles <= 4 ? (kTiles - 1) * kTile : (kTiles - 2) * kTile;
   /// Columns that a lane loads: as many as the registers allow, since few warps with much to do
   /// came out ahead of many.
-  static constexpr int kColumns = kDtype == DType::f32 || kTiles > 4 ? 4 : 8;
+  static constexpr int kColumns = kDtype == DType::f32 || kTiles > 4 ? 4 : kWide ? 16 : 8;
   static constexpr int kWords = kColumns * bytes_of(kDtype) / 4;
   static constexpr int kRun = 2 * kColumns;  // columns that a lane quantizes
   static constexpr int kWarpColumns = 8 * kColumns;
@@ -354,6 +354,11 @@ bool launch_heads(const HeadHadamardQuantizeArgs& args, Stream stream) {
                    h.scale};
   switch (ceil_div(heads, kTile)) {
     case 1:
+      if constexpr (kDtype != DType::f32) {
+        if (args.head_dim % HeadShape<kDtype, 1, true>::kWarpColumns == 0) {
+          return launch_heads<HeadShape<kDtype, 1, true>>(p, out, stream);
+        }
+      }
       return launch_heads<HeadShape<kDtype, 1>>(p, out, stream);
     case 2:
       return launch_heads<HeadShape<kDtype, 2>>(p, out, stream);
