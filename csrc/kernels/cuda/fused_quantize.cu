@@ -1,5 +1,5 @@
-// The fused quantizers on CUDA but head_hadamard_quantize: one pass over memory, fp32 up to the code. Maths: kernels/
-// fused_quantize.h and kernels/quantize.h.
+// The fused quantizers on CUDA, head_hadamard_quantize apart (head_quantize.cu): one pass over
+// memory, fp32 up to the code. Maths: kernels/fused_quantize.h and kernels/quantize.h.
 //
 // Layout and parallelisation: with a transform those of device/transform.cuh, ending in
 // QuantizeSink; without one those of device/rows.cuh. What neither takes (odd addresses, lengths,

@@ -14,9 +14,12 @@
 //
 // Parallelisation. A block works on a row at a time, a warp on all heads of 8 kColumns columns.
 // When the products are made, the next row is on its way into the same registers. The ranges of a
-// row's groups are collected in shared memory; maxima do not depend on their order.
+// row's groups are collected in shared memory (maxima do not depend on their order), where the
+// threads then make a grid each.
 //
-// Bound: memory; about 7 instructions an element of 16 bits.
+// Bound: memory; about 9 instructions an element of 16 bits. Few warps that hold much come out
+// ahead of many: of 64 heads, 8 columns a lane and 8 warps a multiprocessor reach 90 % of a copy, 4
+// columns and 16 warps 70. Above 400 lines: the fragments' layout ties all of it together.
 //
 // More than 128 heads: device/transform.cuh, ending in QuantizeSink; no transform: device/rows.cuh;
 // what these do not take (odd addresses, lengths, groups): device/any_transform.cuh.
@@ -43,14 +46,14 @@ constexpr int kTile = 16;
 constexpr int kMaxTiles = 8;
 constexpr int kMaxWarps = 8;
 
-template <DType kType, int kCount>
+template <DType kType, int kCount, bool kWide = false>
 struct HeadShape {
   static constexpr DType kDtype = kType;
   static constexpr int kTiles = kCount;  // of H, each way
   static constexpr int kSureHeads = kTiles <= 4 ? (kTiles - 1) * kTile : (kTiles - 2) * kTile;
-  /// Columns that a lane loads: as many as the registers allow, since few warps with much to do
-  /// came out ahead of many.
-  static constexpr int kColumns = kDtype == DType::f32 || kTiles > 4 ? 4 : 8;
+  /// Columns that a lane loads, as many as the registers allow; kWide: of heads of whole 128
+  /// columns.
+  static constexpr int kColumns = kDtype == DType::f32 || kTiles > 4 ? 4 : kWide ? 16 : 8;
   static constexpr int kWords = kColumns * bytes_of(kDtype) / 4;
   static constexpr int kRun = 2 * kColumns;  // columns that a lane quantizes
   static constexpr int kWarpColumns = 8 * kColumns;
@@ -354,6 +357,11 @@ bool launch_heads(const HeadHadamardQuantizeArgs& args, Stream stream) {
                    h.scale};
   switch (ceil_div(heads, kTile)) {
     case 1:
+      if constexpr (kDtype != DType::f32) {
+        if (args.head_dim % HeadShape<kDtype, 1, true>::kWarpColumns == 0) {
+          return launch_heads<HeadShape<kDtype, 1, true>>(p, out, stream);
+        }
+      }
       return launch_heads<HeadShape<kDtype, 1>>(p, out, stream);
     case 2:
       return launch_heads<HeadShape<kDtype, 2>>(p, out, stream);

@@ -129,7 +129,7 @@ struct HeadPlan {
 /// kLanes = head_dim / 16. Grid: splits of blocks of tokens, splits of the same tokens side by
 /// side.
 template <DType kDtype, int kLanes>
-__global__ void __launch_bounds__(kThreads, 5)
+__global__ void __launch_bounds__(kThreads, 6)
     head_kernel(const __grid_constant__ KvAppendArgs a, const __grid_constant__ HeadPlan plan) {
   constexpr int kHeadDim = 16 * kLanes;
   // A thread's chunks, of two halves, are its own: [kAhead][words][kThreads].

@@ -7,14 +7,15 @@
 //   1. the range (and the norm's sum of squares), over the team: shuffles and one barrier;
 //   2. every thread makes the grid for itself, then codes from what it holds.
 //
-// A norm's inverse multiplies the range, so that step 1 finds both; with a weight also the grid's
-// inverse, so that it costs no instruction an element. Groups of
-// 2^k chunks, 4 to 32, find their ranges by shuffles alone; a thread makes the grid of one of them.
-// A row that is longer than a team can hold is read again in each step, from the L2.
-// Rows of one warp: kSmallTeams a block, no barrier.
+// A norm's inverse multiplies the range, so that step 1 finds both, and the grid's inverse, so that
+// it costs no instruction an element. Groups of 2^k chunks, 4 to 32, find their ranges by shuffles
+// alone; a thread makes the grid of one of them. A row that is longer than a team can hold is read
+// again in each step, from the L2. Rows of one warp: kSmallTeams a block, no barrier.
 //
-// Bound: memory; with a norm and a weight the instructions, about 20 an element. Above 400 lines:
-// rows held, read again and of one warp share the steps.
+// Bound: memory; with a norm and a weight the instructions are near, 11 an element and 250 a
+// thread. (Kept in fp32, so that x * weight is computed once, half as many chunks fit, and rows of
+// more than 8192 columns leave room for one block a multiprocessor: 70 % of a copy instead of 86.)
+// Above 400 lines: rows held, read again and of one warp share the steps.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -32,6 +33,7 @@ namespace quarot::cuda {
 
 /// Warps of a block whose teams are single warps.
 constexpr int kSmallTeams = 4;
+constexpr int kMaxTeam = 1024;
 /// Few rows: fewer than so many chunks a multiprocessor.
 constexpr int kFewChunks = 1024;
 /// Between these a grid's inverse times a norm's loses no bits.
@@ -84,8 +86,8 @@ struct RowReader<RowSource<kDtype>> {
   using Held = Chunk<kDtype>;
   using Seen = std::conditional_t<kDtype == DType::f32, FloatRange, PairRange<kDtype>>;
   static constexpr int kHeld = kDtype == DType::f32 ? 4 : 8, kInFlight = kHeld;
-  static constexpr int kMaxTeam = 1024, kFewHeld = 4;
-  static constexpr bool kNormalised = false, kWeighted = false, kSplits = true;
+  static constexpr int kFewHeld = 4;
+  static constexpr bool kNormalised = false, kFolds = false, kSplits = true;
   static constexpr Rounding kRounding = Rounding::exact;
 
   __device__ __forceinline__ const void* row(int64_t r) const {
@@ -105,11 +107,12 @@ struct RowReader<RowSource<kDtype>> {
       forget_origin(w.w);
     }
   }
-  __device__ __forceinline__ void values(float (&v)[kChunk], const Held& held) const {
+  template <bool>
+  __device__ __forceinline__ void values(float (&v)[kChunk], const Held& held, int, float) const {
     to_floats<kDtype>(v, held);
   }
-  template <bool kSymmetric>
-  __device__ __forceinline__ void see(Seen& seen, const Held& held) const {
+  template <bool kSymmetric, bool>
+  __device__ __forceinline__ void see(Seen& seen, const Held& held, int, float) const {
     if constexpr (kDtype == DType::f32) {
       float v[kChunk];
       to_floats<kDtype>(v, held);
@@ -121,34 +124,20 @@ struct RowReader<RowSource<kDtype>> {
 };
 
 /// Kept in fp32: computed once.
-struct FloatHolder {
-  struct Held {
-    float v[kChunk];
-  };
-  using Seen = FloatRange;
-  static constexpr bool kSplits = false;
-
-  __device__ __forceinline__ void forget(Held&) const {}
-  __device__ __forceinline__ void values(float (&v)[kChunk], const Held& held) const {
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) v[i] = held.v[i];
-  }
-  template <bool kSymmetric>
-  __device__ __forceinline__ void see(Seen& seen, const Held& held) const {
-    seen.add<kSymmetric>(held.v);
-  }
-};
-
 template <DType kDtype>
-struct RowReader<GluSource<kDtype>> : FloatHolder {
+struct RowReader<GluSource<kDtype>> {
   GluSource<kDtype> source;
 
   struct Raw {
     Chunk<kDtype> gate, up;
   };
+  struct Held {
+    float v[kChunk];
+  };
+  using Seen = FloatRange;
   static constexpr int kHeld = 4, kInFlight = kDtype == DType::f32 ? 1 : 2;
-  static constexpr int kMaxTeam = 1024, kFewHeld = 4;
-  static constexpr bool kNormalised = false, kWeighted = false;
+  static constexpr int kFewHeld = 4;
+  static constexpr bool kNormalised = false, kFolds = false, kSplits = false;
   static constexpr Rounding kRounding = Rounding::fused;
 
   explicit RowReader(const GluSource<kDtype>& s) : source(s) {}
@@ -165,6 +154,16 @@ struct RowReader<GluSource<kDtype>> : FloatHolder {
     to_floats<kDtype>(held.v, raw.gate);
     to_floats<kDtype>(up, raw.up);
     gate(held.v, up, source.activation);
+  }
+  __device__ __forceinline__ void forget(Held&) const {}
+  template <bool>
+  __device__ __forceinline__ void values(float (&v)[kChunk], const Held& held, int, float) const {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) v[i] = held.v[i];
+  }
+  template <bool kSymmetric, bool>
+  __device__ __forceinline__ void see(Seen& seen, const Held& held, int, float) const {
+    seen.add<kSymmetric>(held.v);
   }
 };
 
@@ -199,63 +198,57 @@ struct RmsnormSource : RowSource<kDtype> {
   }
 };
 
-/// Without a weight: x is kept as it came, and multiplied by the norm's inverse in step 2. Many of
-/// its values are the same, and may all lie between two codes: the roundings are the definition's.
-template <DType kDtype, DType kWeight>
-struct RowReader<RmsnormSource<kDtype, false, kWeight>> : RowReader<RowSource<kDtype>> {
+/// x is kept as it came. x * weight, or x * factor * weight if kScaled, is computed in both steps,
+/// and multiplied by the norm's inverse in the second one, if that is not the factor already.
+template <DType kDtype, bool kIsWeighted, DType kWeight>
+struct RowReader<RmsnormSource<kDtype, kIsWeighted, kWeight>> : RowReader<RowSource<kDtype>> {
   using Rows = RowReader<RowSource<kDtype>>;
-  RmsnormSource<kDtype, false, kWeight> norm;
+  using Held = typename Rows::Held;
+  using Seen = std::conditional_t<kIsWeighted, FloatRange, typename Rows::Seen>;
+  RmsnormSource<kDtype, kIsWeighted, kWeight> norm;
 
-  static constexpr bool kNormalised = true, kSplits = false, kWeighted = false;
+  static constexpr bool kNormalised = true, kSplits = false, kWeighted = kIsWeighted;
+  static constexpr int kFewHeld = kIsWeighted ? 2 : Rows::kFewHeld;
+  /// Without a weight many of a row's values are the same, and may all lie between two codes: there
+  /// the roundings of the definition decide.
+  static constexpr bool kFolds = kIsWeighted;
+  static constexpr Rounding kRounding = kFolds ? Rounding::fused : Rounding::exact;
+  /// Between these a sum of squares, and what it is made of, neither overflows nor loses bits.
+  static constexpr float kLeastSquares = 0x1p-100f, kMostSquares = 0x1p120f;
 
-  explicit RowReader(const RmsnormSource<kDtype, false, kWeight>& s) : Rows{s}, norm(s) {}
+  explicit RowReader(const RmsnormSource<kDtype, kIsWeighted, kWeight>& s) : Rows{s}, norm(s) {}
 
-  __device__ __forceinline__ void hold(typename Rows::Held& held, const typename Rows::Raw& raw,
-                                       int, float, float& squares) const {
-    held = raw;
+  __device__ __forceinline__ void add_squares(float& squares, const Held& held) const {
     float v[kChunk];
     to_floats<kDtype>(v, held);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) squares += v[i] * v[i];
   }
-};
-
-/// With a weight: x * factor * weight is kept. The norm's inverse goes into the grid's, if it is
-/// not the factor already.
-template <DType kDtype, DType kWeight>
-struct RowReader<RmsnormSource<kDtype, true, kWeight>> : FloatHolder {
-  RmsnormSource<kDtype, true, kWeight> norm;
-
-  using Raw = Chunk<kDtype>;
-  static constexpr int kHeld = 4, kInFlight = kDtype == DType::f32 ? 1 : 4;
-  static constexpr int kMaxTeam = 1024, kFewHeld = 2;
-  static constexpr bool kNormalised = true, kWeighted = true;
-  static constexpr Rounding kRounding = Rounding::fused;
-  /// Between these a sum of squares, and what it is made of, neither overflows nor loses bits.
-  static constexpr float kLeastSquares = 0x1p-100f, kMostSquares = 0x1p120f;
-
-  explicit RowReader(const RmsnormSource<kDtype, true, kWeight>& s) : norm(s) {}
-
-  __device__ __forceinline__ const void* row(int64_t r) const {
-    return static_cast<const char*>(norm.data) + r * norm.row_stride * bytes_of(kDtype);
-  }
-  __device__ __forceinline__ Raw load(const void* row, int chunk) const {
-    return load_chunk<kDtype>(row, chunk * kChunk);
-  }
   /// The weight of chunk `chunk` is read for every row: through the L1.
-  __device__ __forceinline__ void hold(Held& held, const Raw& raw, int chunk, float factor,
-                                       float& squares) const {
-    to_floats<kDtype>(held.v, raw);
+  template <bool kScaled>
+  __device__ __forceinline__ void values(float (&v)[kChunk], const Held& held, int chunk,
+                                         float factor) const {
+    to_floats<kDtype>(v, held);
+    if constexpr (kScaled) {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) squares += held.v[i] * held.v[i];
-    if (factor != 1.0f) {
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) held.v[i] *= factor;
+      for (int i = 0; i < kChunk; ++i) v[i] *= factor;
     }
-    float w[kChunk];
-    to_floats<kWeight>(w, static_cast<const Chunk<kWeight>*>(norm.weight)[chunk]);
+    if constexpr (kIsWeighted) {
+      float w[kChunk];
+      to_floats<kWeight>(w, static_cast<const Chunk<kWeight>*>(norm.weight)[chunk]);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) held.v[i] *= w[i];
+      for (int i = 0; i < kChunk; ++i) v[i] *= w[i];
+    }
+  }
+  template <bool kSymmetric, bool kScaled>
+  __device__ __forceinline__ void see(Seen& seen, const Held& held, int chunk, float factor) const {
+    if constexpr (kIsWeighted) {
+      float v[kChunk];
+      values<kScaled>(v, held, chunk, factor);
+      seen.template add<kSymmetric>(v);
+    } else {
+      Rows::template see<kSymmetric, kScaled>(seen, held, chunk, factor);
+    }
   }
 };
 
@@ -289,7 +282,7 @@ __device__ __forceinline__ RowStats reduce_team(RowStats s, int warps, bool symm
 
 /// kLong: rows that a team cannot hold. kGrouped: a scale a group, not a row.
 template <class Source, bool kLong, bool kGrouped>
-__global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
+__global__ void __launch_bounds__(kMaxTeam)
     quantize_rows_kernel(const __grid_constant__ RowPlan p,
                          const __grid_constant__ RowReader<Source> reader,
                          const __grid_constant__ QuantizedRows out) {
@@ -297,7 +290,7 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
   using Held = typename Reader::Held;
   using Seen = typename Reader::Seen;
   constexpr int kHeld = kLong ? 1 : Reader::kHeld;
-  __shared__ RowStats memory[2][Reader::kMaxTeam / kWarp];
+  __shared__ RowStats memory[2][kMaxTeam / kWarp];
   wait_for_previous_grid();
   start_next_grid();
   const int lane = threadIdx.x % kWarp, warps = p.team / kWarp;
@@ -314,8 +307,9 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
   forget_origin(x);  // else it is computed again for each load
 
   RowStats stats{};
-  // Values are multiplied by `factor` when they are read, by `rest` in step 2.
+  // What is held is multiplied by `factor` if it is `scaled`, and by `rest` in step 2.
   float factor = 1.0f, rest = 1.0f;
+  bool scaled = false;
   Held held[kHeld];
   const auto read = [&](int start) {
     constexpr int kInFlight = Reader::kInFlight < kHeld ? Reader::kInFlight : kHeld;
@@ -330,12 +324,7 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         if ((begin + i) * p.team >= chunks) continue;  // no thread has it, nor looks at it
-        if constexpr (Reader::kNormalised) {
-          const int chunk = min(start + (begin + i) * p.team, chunks - 1);
-          reader.hold(held[begin + i], raw[i], chunk, factor, stats.squares);
-        } else {
-          reader.hold(held[begin + i], raw[i]);
-        }
+        reader.hold(held[begin + i], raw[i]);
       }
     }
   };
@@ -350,17 +339,26 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
       body(member);
     }
   };
-  // Calls body(std::bool_constant<symmetric>).
-  const auto by_symmetry = [&](const auto& body) {
-    symmetric ? body(std::true_type{}) : body(std::false_type{});
+  // Calls body(std::bool_constant<choice>).
+  const auto by = [](bool choice, const auto& body) {
+    choice ? body(std::true_type{}) : body(std::false_type{});
   };
-  const auto find_range = [&] {
-    by_symmetry([&](auto is_symmetric) {
+  // The chunk of held[i], or another one where that is zeros.
+  const auto chunk_of = [&](int start, int i) { return min(start + i * p.team, chunks - 1); };
+  const auto find_stats = [&](auto with_squares, auto is_scaled) {
+    by(symmetric, [&](auto is_symmetric) {
       Seen seen;
-      each_step([&](int) {
+      each_step([&](int start) {
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
-          if (i * p.team < chunks) reader.template see<is_symmetric.value>(seen, held[i]);
+          if (i * p.team >= chunks) continue;
+          if constexpr (Reader::kNormalised) {
+            if constexpr (with_squares.value) reader.add_squares(stats.squares, held[i]);
+          }
+          if constexpr (!kGrouped) {
+            reader.template see<is_symmetric.value, is_scaled.value>(seen, held[i],
+                                                                     chunk_of(start, i), factor);
+          }
         }
       });
       const Range range = seen.range(is_symmetric.value);
@@ -371,24 +369,20 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
 
   // 1. What the row has in common.
   if constexpr (!kLong) read(member);
-  if constexpr (!kGrouped) {
-    find_range();
-  } else if constexpr (kLong && Reader::kNormalised) {
-    each_step([](int) {});
-  }
   if constexpr (Reader::kNormalised || !kGrouped) {
+    find_stats(std::bool_constant<Reader::kNormalised>{}, std::false_type{});
     stats = reduce_team<Reader::kNormalised>(stats, warps, symmetric, memory[0]);
   }
   if constexpr (Reader::kNormalised) {
     rest = reader.norm.inverse_norm(stats.squares, p.row_chunks * kChunk);
     if constexpr (Reader::kWeighted) {
       // All threads of a team agree.
-      if (!(stats.squares > Reader::kLeastSquares && stats.squares < Reader::kMostSquares)) {
+      scaled = !(stats.squares > Reader::kLeastSquares && stats.squares < Reader::kMostSquares);
+      if (scaled) {
         factor = rest;
         rest = 1.0f;
-        if constexpr (!kLong) read(member);
         if constexpr (!kGrouped) {
-          find_range();
+          find_stats(std::false_type{}, std::true_type{});
           stats = reduce_team<false>(stats, warps, symmetric, memory[1]);
         }
       }
@@ -401,15 +395,12 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
   QuantizedRows codes = out;
   codes.codes = static_cast<char*>(out.codes) + first * (out.packed ? kChunk / 2 : kChunk);
   forget_origin(codes.codes);
-  const auto store = [&](int i, int chunk, Grid grid) {
+  const auto store = [&](auto is_scaled, int i, int chunk, const Grid& grid) {
     if (chunk >= chunks) return;
     float v[kChunk];
-    reader.values(v, held[i]);
-    if constexpr (Reader::kNormalised) {
-      const float inv = grid.inv * rest;
-      if (Reader::kWeighted && inv > kLeastInverse && inv < kMostInverse) {
-        grid.inv = inv;
-      } else {
+    reader.template values<is_scaled.value>(v, held[i], chunk, factor);
+    if constexpr (Reader::kNormalised && !is_scaled.value) {
+      if constexpr (kGrouped || !Reader::kFolds) {
 #pragma unroll
         for (int j = 0; j < kChunk; ++j) v[j] = __fmul_rn(v[j], rest);
       }
@@ -425,56 +416,76 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
     return grid;
   };
   if constexpr (!kGrouped) {
-    const Grid grid = grid_of({stats.high, stats.low}, row, member == 0);
-    each_step([&](int start) {
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        if (i * p.team < chunks) store(i, start + i * p.team, grid);
+    Grid grid = grid_of({stats.high, stats.low}, row, member == 0);
+    if constexpr (Reader::kNormalised) {
+      if constexpr (Reader::kFolds) {
+        // The norm's inverse goes into the grid's, unless bits would be lost.
+        const float inv = grid.inv * rest;
+        if (inv > kLeastInverse && inv < kMostInverse) {
+          grid.inv = inv;
+        } else {
+          factor *= rest;
+          scaled = true;
+        }
       }
-    });
+    }
+    const auto store_all = [&](auto is_scaled) {
+      each_step([&](int start) {
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) {
+          if (i * p.team < chunks) store(is_scaled, i, start + i * p.team, grid);
+        }
+      });
+    };
+    Reader::kNormalised ? by(scaled, store_all) : store_all(std::false_type{});
   } else {
     // A group's lanes hold kBatch chunks of different groups each: lane i makes the i-th grid.
     constexpr int kBatch = kHeld < kLeastLanes ? kHeld : kLeastLanes;
     const int index = lane & (p.lanes - 1);
-    each_step([&](int start) {
+    const auto store_all = [&](auto is_scaled) {
+      each_step([&](int start) {
 #pragma unroll
-      for (int begin = 0; begin < kHeld; begin += kBatch) {
-        Range ranges[kBatch], mine;
-        by_symmetry([&](auto is_symmetric) {
-#pragma unroll
-          for (int i = 0; i < kBatch; ++i) {
-            Seen seen;
-            reader.template see<is_symmetric.value>(seen, held[begin + i]);
-            ranges[i] = seen.range(is_symmetric.value);
-          }
-          for (int step = 1; step < p.lanes; step *= 2) {
+        for (int begin = 0; begin < kHeld; begin += kBatch) {
+          if (begin * p.team >= chunks) continue;
+          Range ranges[kBatch], mine;
+          by(symmetric, [&](auto is_symmetric) {
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
-              Range& r = ranges[i];
-              r.high = max(r.high, __shfl_xor_sync(kAllLanes, r.high, step));
-              if (!is_symmetric.value) {
-                r.low = max(r.low, __shfl_xor_sync(kAllLanes, r.low, step));
+              Seen seen;
+              reader.template see<is_symmetric.value, is_scaled.value>(
+                  seen, held[begin + i], chunk_of(start, begin + i), factor);
+              ranges[i] = seen.range(is_symmetric.value);
+            }
+            for (int step = 1; step < p.lanes; step *= 2) {
+#pragma unroll
+              for (int i = 0; i < kBatch; ++i) {
+                Range& r = ranges[i];
+                r.high = max(r.high, __shfl_xor_sync(kAllLanes, r.high, step));
+                if (!is_symmetric.value) {
+                  r.low = max(r.low, __shfl_xor_sync(kAllLanes, r.low, step));
+                }
               }
             }
+          });
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            if (index == i) mine = ranges[i];
           }
-        });
+          const int chunk = start + (begin + index) * p.team;
+          const Grid grid =
+              grid_of(mine, (first + chunk) >> p.lane_bits, index < kBatch && chunk < chunks);
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          if (index == i) mine = ranges[i];
+          for (int i = 0; i < kBatch; ++i) {
+            const int from = lane - index + i;
+            const Grid theirs{0.0f, __shfl_sync(kAllLanes, grid.inv, from),
+                              __shfl_sync(kAllLanes, grid.shift, from),
+                              __shfl_sync(kAllLanes, grid.top, from)};
+            store(is_scaled, begin + i, start + (begin + i) * p.team, theirs);
+          }
         }
-        const int chunk = start + (begin + index) * p.team;
-        const Grid grid =
-            grid_of(mine, (first + chunk) >> p.lane_bits, index < kBatch && chunk < chunks);
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          const int from = lane - index + i;
-          const Grid theirs{0.0f, __shfl_sync(kAllLanes, grid.inv, from),
-                            __shfl_sync(kAllLanes, grid.shift, from),
-                            __shfl_sync(kAllLanes, grid.top, from)};
-          store(begin + i, start + (begin + i) * p.team, theirs);
-        }
-      }
-    });
+      });
+    };
+    Reader::kNormalised ? by(scaled, store_all) : store_all(std::false_type{});
   }
 }
 
@@ -523,11 +534,11 @@ void launch_rows(const Source& source, int64_t rows, int64_t n, const QuantizedR
   }
   // Few rows: fewer chunks a thread, so that each has less to do.
   const bool few = p.chunks < int64_t{device_limits().processors} * kFewChunks;
-  const int64_t least = ceil_div(p.row_chunks, Reader::kMaxTeam);
+  const int64_t least = ceil_div(p.row_chunks, kMaxTeam);
   const int64_t each = std::max(int64_t{few ? Reader::kFewHeld : Reader::kHeld}, least);
   const bool is_long = each > Reader::kHeld;
-  p.team = is_long ? Reader::kMaxTeam
-                   : static_cast<int>(ceil_div(ceil_div(p.row_chunks, each), kWarp)) * kWarp;
+  p.team =
+      is_long ? kMaxTeam : static_cast<int>(ceil_div(ceil_div(p.row_chunks, each), kWarp)) * kWarp;
   const int teams = p.team == kWarp ? kSmallTeams : 1;
   const auto kernel = p.lanes == 0 ? (is_long ? &quantize_rows_kernel<Source, true, false>
                                               : &quantize_rows_kernel<Source, false, false>)
