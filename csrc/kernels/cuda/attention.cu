@@ -108,17 +108,16 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks)
   Running<C> r;
   r.clear();
   const Places<C> places;
-  // Keys in [oldest, common) are seen by all rows.
-  const int new_key = span.length - static_cast<int>(a.seq);  // of the first query
-  const int common = a.mask == nullptr ? min(new_key + rows.s(0) + 1, end) : 0;
-  const int oldest = new_key + rows.s(rows.rows - 1) + 1 - static_cast<int>(a.window);
   auto* params = reinterpret_cast<Param*>(ring + kStages * C::kStageBytes);
   for (int stage = 0; key < end; key += C::kBlockKeys) {
     cp_async_wait<kStages - 2>();
     __syncwarp();  // all lanes' copies are there, and all are done with the stage before
     copier.start();
-    attend<C>(r, a, q, rows, places, ring + stage, params, key, span.length,
-              key >= oldest && key + C::kKeys <= common);
+    // By the first query and the last one of the sequence.
+    const bool all_seen = a.mask == nullptr &&
+                          key + C::kKeys <= span.length - static_cast<int>(a.seq) + 1 &&
+                          key >= span.length - static_cast<int>(a.window);
+    attend<C>(r, a, q, rows, places, ring + stage, params, key, span.length, all_seen);
     stage = stage + C::kStageBytes == kStages * C::kStageBytes ? 0 : stage + C::kStageBytes;
   }
   __syncthreads();  // the ring becomes the block's [warp][row][dim]

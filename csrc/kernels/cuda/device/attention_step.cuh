@@ -478,10 +478,17 @@ __device__ __forceinline__ void multiply_values(
         const uint4 a{keys.x, keys.z, keys.y, keys.w};  // rows are dims: the two of a key are apart
         const int tile = (v * C::kValueVector + u) * C::kUnitTiles + i;
 #pragma unroll
-        for (int part = 0; part < Queries<C>::kParts; ++part) {
+        for (int n = 0; n < C::kTiles; ++n) {
+          if constexpr (C::kExact) {
+            // The tensor cores cut the low bits of a sum, not round them: only short sums there.
+            float sum[4] = {};
 #pragma unroll
-          for (int n = 0; n < C::kTiles; ++n) {
-            mma_f16(out[n][tile], a, w[part][n][0], w[part][n][1]);
+            for (int part = 0; part < Queries<C>::kParts; ++part)
+              mma_f16(sum, a, w[part][n][0], w[part][n][1]);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) out[n][tile][j] += sum[j];
+          } else {
+            mma_f16(out[n][tile], a, w[0][n][0], w[0][n][1]);
           }
         }
       }
