@@ -244,11 +244,11 @@ QUAROT_INLINE I32 load_mask(const bool* mask, int64_t c, int64_t count) {
   return greater(load_u8(from), i32(0));
 }
 
-/// Turns a row of scores of `count` keys into weights exp(score - maximum); updates maximum, sum
-/// and factor of row r. The row may see the keys in [from, seen), each in [0, kKeys], where mask
-/// (null: all) is true.
-QUAROT_INLINE void softmax_row(const Tile& t, int64_t r, int64_t count, int64_t from, int64_t seen,
-                               const bool* mask) {
+/// Hides what row r of scores of `count` keys may not see; updates its maximum, and leaves the
+/// logarithm of its factor. The row may see the keys in [from, seen), each in [0, kKeys], where
+/// mask (null: all) is true.
+QUAROT_INLINE void hide_and_find_maximum(const Tile& t, int64_t r, int64_t count, int64_t from,
+                                         int64_t seen, const bool* mask) {
   float* scores = t.scores + r * kKeys;
   F32 maxima = f32(t.maximum[r]);
   for (int64_t c = 0; c < kKeys; c += kLanes) {
@@ -260,17 +260,20 @@ QUAROT_INLINE void softmax_row(const Tile& t, int64_t r, int64_t count, int64_t 
     maxima = max(score, maxima);  // a NaN is passed over here, and comes out of exp below
   }
   const float maximum = reduce_max(maxima);
-  float factor[kLanes];
-  store(factor, exp(f32(t.maximum[r] - maximum)));
+  t.factor[r] = t.maximum[r] - maximum;
+  t.maximum[r] = maximum;
+}
+
+/// Turns the row's scores into weights exp(score - maximum); updates its sum.
+QUAROT_INLINE void weigh_row(const Tile& t, int64_t r) {
+  float* scores = t.scores + r * kKeys;
   F32 sum = f32(0);
   for (int64_t c = 0; c < kKeys; c += kLanes) {
-    const F32 weight = exp(load(scores + c) - f32(maximum));
+    const F32 weight = exp(load(scores + c) - f32(t.maximum[r]));
     store(scores + c, weight);
     sum = sum + weight;
   }
-  t.maximum[r] = maximum;
-  t.factor[r] = factor[0];
-  t.sum[r] = t.sum[r] * factor[0] + reduce_add(sum);
+  t.sum[r] = t.sum[r] * t.factor[r] + reduce_add(sum);
 }
 
 // ---- A task -------------------------------------------------------------------------------------
@@ -399,8 +402,11 @@ void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t b
         return at < 0 ? 0 : at < kKeys ? at : kKeys;
       };
       const int64_t visible = seen(r) - key;
-      softmax_row(t, r, count, within(visible - a.window), within(visible), mask);
+      hide_and_find_maximum(t, r, count, within(visible - a.window), within(visible), mask);
     }
+    // All rows at once: a row's factor alone would cost as much as a quarter of its weights.
+    for (int64_t r = 0; r < block.rows; r += kLanes) store(t.factor + r, exp(load(t.factor + r)));
+    for (int64_t r = 0; r < block.rows; ++r) weigh_row(t, r);
     if constexpr (Few::kFew) {
       for (int64_t first = 0; first < count; first += kLanes) {
         few_values<Few, kBlock>(t, first, 0, block.rows, values[first / kLanes]);

@@ -9,8 +9,8 @@
 // More rows: a task is a block of at most 128 rows times a chunk of at most 8 x 16 channels. It
 // walks the columns in segments of at most 1024, which end where a weight group ends:
 //
-//   copy the segment of its rows                    128 x 1 KB, L2, off the strides that collide in
-//   L1 for each block of 16 channels:
+//   copy the segment of its rows                    128 x 1 KB, L2; apart enough for the L1's sets
+//   for each block of 16 channels:
 //     unpack the segment's weights to bytes         1024 x 16 = 16 KB, L1; once for all rows
 //     for each kRows rows: kRows x 16 int32 in registers += the segment
 //     where a group ends: scale
@@ -39,7 +39,7 @@ constexpr int kRows = kRegisterBytes == 64 ? 12 : kRegisterBytes == 32 ? 6 : 2;
 constexpr int kPackedRows = kRegisterBytes == 64 ? 4 : 2;
 constexpr int64_t kBlockRows = 128;
 constexpr int64_t kSegment = 1024;
-constexpr int64_t kRowStride = kSegment + 64;  // of copied rows: not a multiple of a page's part
+constexpr int64_t kRowStride = kSegment + 64;  // of copied rows: no two in the same set of the L1
 constexpr int64_t kChunkBlocks = 8;
 constexpr int64_t kColumns = kLinearInt4Columns;
 // Of 16 channels x 8 columns, packed; and of 16 channels x 4 columns, unpacked.
