@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <unordered_map>
+
 #include "kernels/error.h"
 #include "kernels/types.h"
 
@@ -45,6 +47,21 @@ inline const DeviceLimits& device_limits() {
 /// The current device's compute capability, without the minor number.
 inline int compute_major() { return device_limits().compute_major; }
 
+/// Lets blocks of a kernel have so much dynamic shared memory on the current device: the driver is
+/// asked once a thread, not at each call.
+inline void allow_shared(const void* kernel, int bytes) {
+  struct Allowed {
+    int device = -1, bytes = 0;
+  };
+  thread_local std::unordered_map<const void*, Allowed> kernels;
+  Allowed& allowed = kernels[kernel];
+  const int device = device_limits().device;
+  if (allowed.device == device && allowed.bytes >= bytes) return;
+  QUAROT_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  allowed = {device, bytes};
+}
+
 namespace detail {
 
 template <class... Params, class... Args>
@@ -52,8 +69,7 @@ void launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_b
             cudaLaunchAttribute* attribute, const Args&... args) {
   QUAROT_ASSERT(blocks < (int64_t{1} << 31), "too many rows for one launch");
   if (shared_bytes > kDefaultSharedBytes) {
-    QUAROT_CUDA_CHECK(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     registers_take<kConsumerRegisters>();
-    Consumer<C>{p, shared, group, threadIdx.x % kGroupThreads, {}}.run();
+    Consumer<C>{p, shared, group, threadIdx.x % kGroupThreads, rank_of(p), {}}.run();
   }
   if (p.pair > 1) {  // the neighbour may still copy to this block, or arrive here
     cluster_arrive();
@@ -87,8 +87,7 @@ class Grid {
   static constexpr auto kernel = &linear_int4_prefill_kernel<C>;
 
   Grid(int64_t clusters, int cluster) {
-    QUAROT_CUDA_CHECK(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
+    allow_shared(reinterpret_cast<const void*>(kernel), C::kSharedBytes);
     attributes_[0].id = cudaLaunchAttributeClusterDimension;
     attributes_[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
     attributes_[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -179,7 +178,8 @@ Plan plan_of(const LinearInt4Args& args) {
     int tokens;
     int64_t stage, tile, exchange;
   };
-  constexpr Cost kCosts[] = {{128, 1080, 3500, 4500}, {64, 620, 2700, 3000}, {32, 480, 2200, 2000}};
+  constexpr Cost kCosts[] = {
+      {128, 1080, 3500, 4500}, {96, 840, 3000, 4000}, {64, 620, 2700, 3500}, {32, 440, 2300, 3000}};
   const int64_t stages = ceil_div(args.k, kColumns), channel_tiles = ceil_div(args.n, kChannels);
   const int pair = channel_tiles % 2 == 0 ? 2 : 1;  // no empty column of tiles
   const bool grouped = args.groups > 1;             // the order of the groups counts: no parts
@@ -228,6 +228,8 @@ void linear_int4_prefill(const LinearInt4Args& args, Stream stream) {
       return run<Config<32, false>>(args, plan, stream);
     case 64:
       return run<Config<64, false>>(args, plan, stream);
+    case 96:
+      return run<Config<96, false>>(args, plan, stream);
     default:
       return run<Config<128, false>>(args, plan, stream);
   }

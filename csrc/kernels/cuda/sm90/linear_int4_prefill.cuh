@@ -9,10 +9,10 @@
 // 32. A shift and a mask make of them 16 times the codes as int8; sums are 16 * acc, exact while
 // k < 2^17.
 //
-// A block makes tiles of 256 output channels x 128, 64 or 32 tokens: four warpgroups multiply, 64
-// channels each; a thread of a fifth one fills a ring of stages of 128 columns with the tensor copy
-// engine, activations in the 128-byte swizzle that wgmma reads. With four, there is always one that
-// keeps the tensor cores busy while others widen, convert or store. Outputs of 16 bits are
+// A block makes tiles of 256 output channels x 128, 96, 64 or 32 tokens: four warpgroups multiply,
+// 64 channels each; a thread of a fifth one fills a ring of stages of 128 columns with the tensor
+// copy engine, activations in the 128-byte swizzle that wgmma reads. With four, there is always one
+// that keeps the tensor cores busy while others widen, convert or store. Outputs of 16 bits are
 // transposed through boxes in shared memory and stored by the copy engine, which has brought the
 // residual there, a piece every few stages; others are stored one by one.
 //
@@ -183,16 +183,23 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int t, int neighbour) {
           p.stages, false};
 }
 
+/// The number of this block's cluster, and the block's in it.
+__device__ __forceinline__ int cluster_of(const Params& p) {
+  return static_cast<int>(blockIdx.x) / p.cluster;
+}
+__device__ __forceinline__ int rank_of(const Params& p) {
+  return static_cast<int>(blockIdx.x) % p.cluster;
+}
+
 /// Whether this cluster's last tile is parted.
 __device__ __forceinline__ bool has_parted(const Params& p) {
-  return static_cast<int>(blockIdx.x) / p.cluster < p.parted_tiles;
+  return cluster_of(p) < p.parted_tiles;
 }
 
 /// Calls body(tile) for each tile of this block.
 template <class C, class Body>
 __device__ __forceinline__ void for_tiles(const Params& p, const Body& body) {
-  const int rank = static_cast<int>(cluster_rank());
-  const int cluster = static_cast<int>(blockIdx.x) / p.cluster;
+  const int cluster = cluster_of(p), rank = rank_of(p);
   const int clusters = static_cast<int>(gridDim.x) / p.cluster;
   bool parted = false;
   for (int t = cluster; !parted; t += clusters) {
@@ -214,7 +221,7 @@ __device__ __forceinline__ void for_tiles(const Params& p, const Body& body) {
 template <class C>
 __device__ __forceinline__ void fill_ring(const Params& p, uint32_t shared) {
   const int tokens = C::kTokens / p.pair;  // of a copy
-  const int rank = static_cast<int>(cluster_rank());
+  const int rank = rank_of(p);
   const auto blocks = static_cast<uint16_t>((1 << p.pair) - 1);
   Ring<C::kStages> ring;
   for_tiles<C>(p, [&](const Tile& tile) {
@@ -307,6 +314,7 @@ struct Consumer {
   uint32_t shared;  // the block's
   int group;        // the warpgroup
   uint32_t thread;  // in the warpgroup
+  int rank;         // of the block in the cluster
   Ring<C::kStages> ring;
 
   /// Shared [kTokens] of this warpgroup.
@@ -353,47 +361,54 @@ struct Consumer {
   __device__ __forceinline__ void await_stage() const {
     wait(shared + C::kFullAt + ring.stage * 8, ring.parity);
   }
-  /// This thread's weights of half of the stage.
-  __device__ __forceinline__ uint4 weights(int half) const {
-    return load_shared(shared + C::kWeightsAt + ring.stage * kWeightBytes +
-                       (group * 4 + warp()) * kStripBytes + half * kHalfStripBytes + lane() * 16);
+  /// Where this thread's weights of the ring's first stage are.
+  __device__ __forceinline__ uint32_t first_weights() const {
+    return shared + C::kWeightsAt + (group * 4 + warp()) * kStripBytes + lane() * 16;
+  }
+  /// Those of half of the stage.
+  __device__ __forceinline__ uint4 weights(uint32_t first, int half) const {
+    return load_shared(first + ring.stage * kWeightBytes + half * kHalfStripBytes);
   }
   __device__ __forceinline__ uint64_t tokens() const {
     return descriptor(shared + ring.stage * C::kTokenBytes);
   }
-  /// This warp needs the stage no more, nor does any block that copies to it have to wait for it.
-  __device__ __forceinline__ void release_stage(const Ring<C::kStages>& of,
-                                                const Tile& tile) const {
-    if (lane() < p.pair) {  // a barrier counts `pair` arrivals a warp
-      const int block = tile.parted ? static_cast<int>(cluster_rank()) : lane();
-      mbarrier_arrive(cluster_address(shared + C::kEmptyAt + of.stage * 8, block));
-    }
+  /// The ring's barriers that this lane, below `pair`, arrives at for its warp: of each block that
+  /// copies to this one; for a parted tile `pair` times its own.
+  __device__ __forceinline__ uint32_t empty_barriers(const Tile& tile) const {
+    return cluster_address(shared + C::kEmptyAt, tile.parted ? rank : min(lane(), p.pair - 1));
+  }
+  /// This warp needs the stage no more.
+  __device__ __forceinline__ void release_stage(uint32_t empty) {
+    if (lane() < p.pair) mbarrier_arrive(empty + ring.stage * 8);
+    ring.next();
   }
 
-  /// sums = 16 * acc of this block's part of k. Half a stage is widened while the tensor cores have
-  /// the half before.
+  /// sums = 16 * acc of this block's part of k. With a residual there is a pause for each piece of
+  /// it: asked for all at once it would hold up the ring.
   __device__ __forceinline__ void multiply_tile(int (&sums)[kSums], const Tile& tile) {
-    uint32_t a[2][4], b[2][4];
-    await_stage();
-    widen(a, weights(0));
-    for (int s = tile.first; s < tile.last; ++s) {
-      wgmma_fence();
-      multiply(sums, a, tokens(), s > tile.first);
-      wgmma_commit();
-      widen(b, weights(1));
-      wgmma_wait<0>();
-      wgmma_fence();
-      multiply(sums, b, tokens() + 2 * kStepUnits, true);
-      wgmma_commit();
-      const Ring<C::kStages> done = ring;
-      ring.next();
-      if (s + 1 < tile.last) {
+    const int stages = tile.last - tile.first;
+    const uint32_t empty = empty_barriers(tile), mine = first_weights();
+    const int pause = p.load_boxes ? max(1, stages / (C::kPieces + 1)) : stages;
+    int piece = 0;
+    for (int end = tile.first, s = end; s < tile.last;) {
+      end = min(end + pause, tile.last);
+      for (; s < end; ++s) {
         await_stage();
-        widen(a, weights(0));
+        uint32_t a[2][4], b[2][4];
+        widen(a, weights(mine, 0));
+        widen(b, weights(mine, 1));
+        wgmma_fence();
+        multiply(sums, a, tokens(), s > tile.first);
+        multiply(sums, b, tokens() + 2 * kStepUnits, true);
+        wgmma_commit();
+        wgmma_wait<0>();
+        release_stage(empty);
       }
-      fetch_residual(tile, s - tile.first, tile.last - tile.first);
-      wgmma_wait<0>();
-      release_stage(done, tile);
+      if (p.load_boxes) {
+        const int next = s < tile.last ? min(piece + 1, C::kPieces) : C::kPieces;
+        fetch_residual(tile, piece, next);
+        piece = next;
+      }
     }
   }
 
@@ -465,9 +480,10 @@ struct Consumer {
         for (int i = 0; i < kBlock; ++i) total[first + i] = __fadd_rn(total[first + i], v[i]);
       }
     };
+    const uint32_t empty = empty_barriers(tile), mine = first_weights();
     const auto multiply_half = [&](int half) {
       uint32_t a[2][4];
-      widen(a, weights(half));
+      widen(a, weights(mine, half));
       wgmma_fence();
       multiply(sums, a, tokens() + half * 2 * kStepUnits, done > 0);
       wgmma_commit();
@@ -480,8 +496,7 @@ struct Consumer {
       await_stage();
       multiply_half(0);
       if (2 * s + 1 < halves) multiply_half(1);
-      release_stage(ring, tile);
-      ring.next();
+      release_stage(empty);
     }
   }
 
@@ -500,7 +515,7 @@ struct Consumer {
     uint32_t owned = 0;
 #pragma unroll 1
     for (int i = 0; i < C::kPieces; ++i) {
-      owned |= static_cast<uint32_t>(owner(i) == static_cast<int>(cluster_rank())) << i;
+      owned |= static_cast<uint32_t>(owner(i) == rank) << i;
     }
     return owned;
   }
@@ -510,7 +525,6 @@ struct Consumer {
     return shared + slot * kPieceSumBytes + thread * 16;
   }
   __device__ __forceinline__ void exchange(int (&sums)[kSums]) const {
-    const int rank = static_cast<int>(cluster_rank());
     cluster_arrive();
     cluster_wait();  // all rings are free
 #pragma unroll
@@ -593,25 +607,21 @@ struct Consumer {
     return box(piece) + row * 128 + ((chunk ^ row % 8) << 4);
   }
 
-  /// Begins to copy the residual to the boxes, once the last tile's outputs have left them: a piece
-  /// every few stages, as all at once they would hold up the ring. `stage` counts from 0.
-  __device__ __forceinline__ void fetch_residual(const Tile& tile, int stage, int stages) const {
-    if (!p.load_boxes || thread != 0) return;
-    const bool at_once = stages <= C::kPieces;
-    const int shift = stages >= 6 * C::kPieces ? 2 : stages >= 3 * C::kPieces ? 1 : 0;
-    const int first = stage >> shift;
-    if (at_once ? stage > 0 : first << shift != stage || first >= C::kPieces) return;
+  /// Begins to copy pieces [first, end) of the residual to the boxes, once the last tile's outputs
+  /// have left them.
+  __device__ __forceinline__ void fetch_residual(const Tile& tile, int first, int end) const {
+    if (thread != 0) return;
     const uint32_t barrier = shared + C::kResidualAt + group * 8;
     const uint32_t owned = owned_pieces(tile);
-    if (stage == 0) {
+    if (first == 0) {
       tma_store_wait_read<0>();
       mbarrier_expect(barrier, __popc(owned & ((1u << C::kPieces) - 1)) * kPieceBytes);
     }
 #pragma unroll 1
-    for (int piece = first; piece < (at_once ? C::kPieces : first + 1); ++piece) {
-      if ((owned >> piece & 1) == 0) continue;
-      tma_load(box(piece), &p.residual, tile.channel + group * kGroupChannels,
-               tile.token + piece * kPieceTokens, barrier);
+    for (int i = first; i < end; ++i) {
+      if ((owned >> i & 1) == 0) continue;
+      tma_load(box(i), &p.residual, tile.channel + group * kGroupChannels,
+               tile.token + i * kPieceTokens, barrier);
     }
   }
   __device__ __forceinline__ void add_fetched(float (&v)[kBlock], int b) const {
@@ -716,7 +726,7 @@ struct Consumer {
     Sum sums[kSums];
     if constexpr (kGrouped) {
       await_scales();
-      fetch_residual(tile, 0, 1);
+      if (p.load_boxes) fetch_residual(tile, 0, C::kPieces);
       multiply_groups(sums, tile);
     } else {
       multiply_tile(sums, tile);
