@@ -177,8 +177,7 @@ void linear_int4(const LinearInt4Args& args, Stream stream) {
                 "linear_int4: with packed x, groups must be multiples of 64 columns");
   QUAROT_ASSERT(args.x_zero == nullptr || args.w_sum != nullptr, "linear_int4: x_zero needs w_sum");
   if (args.m == 0) return;
-  if (!args.x_packed && args.groups == 1 && args.m >= kPrefillTokens &&
-      linear_int4_prefill_fits(args)) {
+  if (!args.x_packed && args.m >= kPrefillTokens && linear_int4_prefill_fits(args)) {
     return linear_int4_prefill(args, stream);
   }
   QUAROT_ASSERT(run(args, stream), "linear_int4: no kernel fits this device's shared memory");
