@@ -1,5 +1,6 @@
 // The device side of linear_int4 with scales of groups of columns on sm_90a: int8 wgmma. Maths:
-// kernels/linear_int4.h; fragments and widening: linear_int4_prefill.cuh.
+// kernels/linear_int4.h; fragments and widening: linear_int4_prefill.cuh. One file, though long:
+// both kinds of kernels share a layout, the ring and the way to an output.
 //
 // At the end of a group its sums are converted, scaled twice and added up in fp32, in the order of
 // the definition: four instructions a sum. So instructions count:
@@ -228,12 +229,14 @@ struct Worker {
   }
 
   __device__ __forceinline__ void share_tokens(const Tile& tile) const {
-    const int in_tile = static_cast<int>(thread) % C::kTokens;
-    const int token = min(tile.token + in_tile, static_cast<int>(p.args.m) - 1);
-    // Sums are converted as they are, 16 * acc; exact unless the scale is below 2^-122.
-    factors()[slot_of(in_tile)] = p.args.x_scale[token] * (1.0f / (1 << kWidenShift));
-    const int zero = p.args.x_zero == nullptr ? 0 : p.args.x_zero[token];
-    factors()[C::kTokens + slot_of(in_tile)] = __int_as_float(zero << kWidenShift);
+    if (thread < C::kTokens) {
+      const int slot = slot_of(static_cast<int>(thread));
+      const int token = min(tile.token + static_cast<int>(thread), static_cast<int>(p.args.m) - 1);
+      // Sums are converted as they are, 16 * acc; exact unless the scale is below 2^-122.
+      factors()[slot] = p.args.x_scale[token] * (1.0f / (1 << kWidenShift));
+      const int zero = p.args.x_zero == nullptr ? 0 : p.args.x_zero[token];
+      factors()[C::kTokens + slot] = __int_as_float(zero << kWidenShift);
+    }
     sync();
   }
 
