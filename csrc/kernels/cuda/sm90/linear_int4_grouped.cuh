@@ -71,7 +71,7 @@ struct Layout {
   static constexpr int kFullAt = kFactorsAt + kWarpgroups * kFactorBytes;
   static constexpr int kEmptyAt = kFullAt + kStages * 8;
   static constexpr int kResidualAt = kEmptyAt + kStages * 8;
-  static constexpr int kRestAt = kResidualAt + kWarpgroups * 8 + 16 & ~15;
+  static constexpr int kRestAt = (kResidualAt + kWarpgroups * 8 + 15) & ~15;
 };
 
 /// Many tokens.
