@@ -160,6 +160,47 @@ def test_divisions_of_the_work(device, m, n, k, residual_dtype):
         assert torch.equal(actual, expected.to(dtype))
 
 
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("group", [64, 128, 192, 256])
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [
+        (12, 4096, 4608),
+        (40, 2056, 3072),  # several tiles for some blocks
+        (130, 9000, 768),
+        (1000, 4104, 2304),
+        (2100, 2048, 1536),
+    ],
+)
+def test_groups_in_ascending_order(device, m, n, k, group, asymmetric):
+    """Tiles of every size, several of them a block: float32 sums in the order of the groups."""
+    if k % group:
+        group = 64
+    groups = k // group
+    generator = torch.Generator(device).manual_seed(m)
+    x_q = torch.randint(-128, 128, (m, k), device=device, generator=generator).to(torch.int8)
+    w = torch.randint(-8, 8, (n, k), device=device, generator=generator).to(torch.int8)
+    x_scale = torch.rand(m, device=device, generator=generator)
+    w_scale = torch.rand(n, groups, device=device, generator=generator)
+    residual = torch.randn(m, n, device=device, generator=generator).bfloat16()
+    x_zero, zero = None, torch.zeros(m, device=device).int()
+    if asymmetric:
+        x_zero = zero = torch.randint(-128, 128, (m,), device=device, generator=generator).int()
+    expected = torch.zeros(m, n, device=device)
+    for g, (xs, ws) in enumerate(zip(x_q.chunk(groups, -1), w.chunk(groups, -1), strict=True)):
+        acc = ((xs.double() - zero[:, None]) @ ws.double().T).float()  # float64 holds it exactly
+        expected += (acc * x_scale[:, None]) * w_scale[:, g]
+    expected += residual.float()
+    w_sum = w.view(n, groups, -1).sum(-1, dtype=torch.int32)
+    packed = ops.prepack_int4(ops.pack_int4(w))
+    for dtype in (torch.bfloat16, torch.float32):
+        actual = ops.linear_int4(
+            x_q, x_scale, x_zero, packed, w_scale, w_sum, None, residual, out_dtype=dtype
+        )
+        assert torch.equal(actual, expected.to(dtype))
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0, 3)])
 def test_leading_dimensions(device, shape):
     rows = int(torch.Size(shape).numel())

@@ -77,8 +77,9 @@ constexpr int64_t kAny = int64_t{1} << 62;
 
 /// From so many tokens sm_90a's kernel for many tokens is the faster one.
 constexpr int64_t kPrefillTokens = 17;
-/// The same of its kernels for scales of groups.
-constexpr int64_t kGroupedTokens = 9;
+/// The same of its kernels for scales of groups: from the first on where kGroupedTiles has none,
+/// from the second in any case.
+constexpr int64_t kGroupedTokens = 9, kManyGroupedTokens = 17;
 
 // Measured on an H200 (benchmarks/bench_linear_int4.py). Few channels: small blocks, so that all
 // processors have some.
@@ -142,7 +143,12 @@ bool run(const LinearInt4Args& args, Stream stream) {
   }
   if (!grouped) return run_first(kPerChannel, args, stream);
   const bool tiles = args.k / args.groups % kTileColumns == 0;
-  return (tiles && run_first(kGroupedTiles, args, stream)) || run_first(kGrouped, args, stream);
+  if (tiles && args.m < kManyGroupedTokens && run_first(kGroupedTiles, args, stream)) return true;
+  if (args.m >= kGroupedTokens && linear_int4_grouped_fits(args)) {
+    linear_int4_grouped(args, stream);
+    return true;
+  }
+  return run_first(kGrouped, args, stream);
 }
 
 }  // namespace
@@ -171,9 +177,6 @@ void linear_int4(const LinearInt4Args& args, Stream stream) {
                 "linear_int4: with packed x, groups must be multiples of 64 columns");
   QUAROT_ASSERT(args.x_zero == nullptr || args.w_sum != nullptr, "linear_int4: x_zero needs w_sum");
   if (args.m == 0) return;
-  if (!args.x_packed && args.m >= kGroupedTokens && linear_int4_grouped_fits(args)) {
-    return linear_int4_grouped(args, stream);
-  }
   if (!args.x_packed && args.m >= kPrefillTokens && linear_int4_prefill_fits(args)) {
     return linear_int4_prefill(args, stream);
   }

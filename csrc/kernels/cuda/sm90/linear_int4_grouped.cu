@@ -1,13 +1,12 @@
 // linear_int4 with scales of groups of columns on sm_90a: the kernels, and how they are launched.
 // Maths: kernels/linear_int4.h; design, layout and bound: linear_int4_grouped.cuh.
-#include "kernels/cuda/sm90/linear_int4_grouped.h"
-
 #include <cuda.h>
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/device/launch.cuh"
 #include "kernels/cuda/device/ptx.cuh"
 #include "kernels/cuda/sm90/linear_int4_grouped.cuh"
+#include "kernels/cuda/sm90/linear_int4_grouped.h"
 #include "kernels/cuda/sm90/tensor_map.cuh"
 
 namespace quarot::cuda {
@@ -139,10 +138,10 @@ using Relay32 = RelayConfig<32, kHalves>;
 template <int kHalves>
 using Relay64 = RelayConfig<64, kHalves>;
 constexpr Choice kChoices[] = {
-    choice<Relay16, 16, 64>(240, 400, 4000),
-    choice<Relay32, 32, 64>(300, 500, 4000),
-    choice<Relay64, 64, 64>(450, 900, 4000),
-    choice<TilesConfig, 64, 256>(1200, 1850, 4000),
+    choice<Relay16, 16, 64>(415, 770, 4000),
+    choice<Relay32, 32, 64>(455, 830, 4000),
+    choice<Relay64, 64, 64>(585, 1060, 4000),
+    choice<TilesConfig, 64, 256>(1280, 1960, 4000),
 };
 
 /// The choice of the fewest cycles: waves of tiles times what each takes.

@@ -1,13 +1,13 @@
 // The device side of linear_int4 with scales of groups of columns on sm_90a: int8 wgmma. Maths:
-// kernels/linear_int4.h; fragments and widening: linear_int4_prefill.cuh.
+// kernels/linear_int4.h; fragments and widening: linear_int4_prefill.cuh. One file, though long:
+// both kinds of kernels share a layout, the ring and the way to an output.
 //
 // At the end of a group its sums are converted, scaled twice and added up in fp32, in the order of
 // the definition: four instructions a sum. So instructions count:
 //
 //     many tokens (Tiles)  A block makes tiles of 256 channels x 64 tokens; two warpgroups have 128
 //                          channels each, so that the tokens' scales stay in registers. While one
-//                          converts, the other multiplies; the next weights are widened between the
-//                          conversions.
+//                          converts, the other multiplies.
 //     few tokens (Relay)   A block makes tiles of 64 channels x 16, 32 or 64 tokens; four
 //                          warpgroups take turns along the columns, a group each. Each scales its
 //                          group's sums, waits for the sum of all groups before, adds its own, and
@@ -45,8 +45,8 @@ constexpr int kPieceTokens = 16;  // of a box that the copy engine stores
 constexpr int kPieceBytes = kPieceTokens * kGroupChannels * 2;
 constexpr int kBlock = 8;  // sums of a thread that are worked on together: 16 tokens, two channels
 
-/// Sizes, and the layout of shared memory from a multiple of the swizzle's 1024 bytes. A strip is 64
-/// channels; a group is a multiple of kHalves halves of a stage.
+/// Sizes, and the layout of shared memory from a multiple of the swizzle's 1024 bytes. A strip is
+/// 64 channels; a group is a multiple of kHalves halves of a stage.
 template <int kTokens_, int kStrips_, int kWarpgroups_, int kHalves_, int kStages_>
 struct Layout {
   static constexpr int kTokens = kTokens_;
@@ -71,7 +71,7 @@ struct Layout {
   static constexpr int kFullAt = kFactorsAt + kWarpgroups * kFactorBytes;
   static constexpr int kEmptyAt = kFullAt + kStages * 8;
   static constexpr int kResidualAt = kEmptyAt + kStages * 8;
-  static constexpr int kRestAt = kResidualAt + kWarpgroups * 8 + 16 & ~15;
+  static constexpr int kRestAt = (kResidualAt + kWarpgroups * 8 + 15) & ~15;
 };
 
 /// Many tokens.
@@ -208,8 +208,8 @@ struct Worker {
     return descriptor(shared + stage * C::kTokenBytes) + half * 2 * kStepUnits;
   }
 
-  // A warpgroup's scales and zeros of tokens lie so that the four that belong to a block of sums are
-  // 16 bytes: token 16 b + 8 j + 2 t + e at 16 b + 4 t + 2 j + e.
+  // A warpgroup's scales and zeros of tokens lie so that the four that belong to a block of sums
+  // are 16 bytes: token 16 b + 8 j + 2 t + e at 16 b + 4 t + 2 j + e.
   __device__ __forceinline__ static int slot_of(int token) {
     return (token & ~15) | (token >> 1 & 3) << 2 | (token >> 3 & 1) << 1 | (token & 1);
   }
@@ -229,12 +229,14 @@ struct Worker {
   }
 
   __device__ __forceinline__ void share_tokens(const Tile& tile) const {
-    const int in_tile = static_cast<int>(thread) % C::kTokens;
-    const int token = min(tile.token + in_tile, static_cast<int>(p.args.m) - 1);
-    // Sums are converted as they are, 16 * acc; exact unless the scale is below 2^-122.
-    factors()[slot_of(in_tile)] = p.args.x_scale[token] * (1.0f / (1 << kWidenShift));
-    const int zero = p.args.x_zero == nullptr ? 0 : p.args.x_zero[token];
-    factors()[C::kTokens + slot_of(in_tile)] = __int_as_float(zero << kWidenShift);
+    if (thread < C::kTokens) {
+      const int slot = slot_of(static_cast<int>(thread));
+      const int token = min(tile.token + static_cast<int>(thread), static_cast<int>(p.args.m) - 1);
+      // Sums are converted as they are, 16 * acc; exact unless the scale is below 2^-122.
+      factors()[slot] = p.args.x_scale[token] * (1.0f / (1 << kWidenShift));
+      const int zero = p.args.x_zero == nullptr ? 0 : p.args.x_zero[token];
+      factors()[C::kTokens + slot] = __int_as_float(zero << kWidenShift);
+    }
     sync();
   }
 
@@ -242,8 +244,8 @@ struct Worker {
   __device__ __forceinline__ void subtract_zeros(int (&sums)[kSums], const int (&w_sum)[2]) const {
 #pragma unroll
     for (int b = 0; b < kSums / kBlock; ++b) {
-      const int4 four = *reinterpret_cast<const int4*>(factors() + C::kTokens + b * 16 +
-                                                       lane() % 4 * 4);
+      const int4 four =
+          *reinterpret_cast<const int4*>(factors() + C::kTokens + b * 16 + lane() % 4 * 4);
       const int z[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) sums[b * kBlock + i] -= z[of_four(i)] * w_sum[i / 2 % 2];
@@ -252,8 +254,7 @@ struct Worker {
 
   /// (acc * s_x) * s_w of a block. Step by step: a chain would wait.
   __device__ __forceinline__ static void scale_block(float (&v)[kBlock], const int* sums,
-                                                     const float (&s_x)[4],
-                                                     const float (&s_w)[2]) {
+                                                     const float (&s_x)[4], const float (&s_w)[2]) {
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) v[i] = static_cast<float>(sums[i]);
 #pragma unroll
@@ -308,8 +309,8 @@ struct Worker {
 #pragma unroll
       for (int i = 0; i < kBlock / 2; ++i) {
         const bool half = args.residual_dtype == DType::f16;
-        const float low = half ? f16_to_float(static_cast<uint16_t>(words[i]))
-                               : __uint_as_float(words[i] << 16);
+        const float low =
+            half ? f16_to_float(static_cast<uint16_t>(words[i])) : __uint_as_float(words[i] << 16);
         const float high = half ? f16_to_float(static_cast<uint16_t>(words[i] >> 16))
                                 : __uint_as_float(words[i] & 0xffff0000u);
         v[2 * i] = __fadd_rn(v[2 * i], low);
@@ -361,7 +362,6 @@ struct Tiles : Worker<C> {
   static constexpr int kSums = C::kSums;
   static constexpr int kStripsEach = C::kStripsEach;
   static constexpr int kBlocks = kSums / kBlock;
-  static_assert(C::kHalves * kStripsEach <= kBlocks);
 
   Ring<C::kStages> ring;
 
@@ -419,8 +419,8 @@ struct Tiles : Worker<C> {
     }
   }
 
-  /// Begins to copy some of the residual, so that all has been asked for at the end of k: all at once
-  /// would hold up the ring.
+  /// Begins to copy some of the residual, so that all has been asked for at the end of k: all at
+  /// once would hold up the ring.
   __device__ __forceinline__ void fetch_residual(const Tile& tile, int stage) const {
     if (!p.load_boxes || thread != 0) return;
     constexpr int kAll = kStripsEach * C::kPieces;
@@ -438,8 +438,8 @@ struct Tiles : Worker<C> {
 
   /// Shared [2][channels of the warpgroup][kFetchGroups].
   __device__ __forceinline__ uint32_t fetched(int at, int g) const {
-    return shared + at +
-           (group * 2 + (g / C::kFetchGroups & 1)) * C::kFetchBytes + (g % C::kFetchGroups) * 4;
+    return shared + at + (group * 2 + (g / C::kFetchGroups & 1)) * C::kFetchBytes +
+           (g % C::kFetchGroups) * 4;
   }
   /// Begins to copy what is at `row` of groups [first, first + kFetchGroups); 32-bit words.
   __device__ __forceinline__ void fetch(int at, const void* row, unsigned first) const {
@@ -477,8 +477,8 @@ struct Tiles : Worker<C> {
     const unsigned groups = static_cast<unsigned>(args.groups);
     const int halves = static_cast<int>(args.k) / kHalfColumns;
     const int group_halves = halves / static_cast<int>(groups);
-    const int channel = min(strip_of(tile, 0).channel + static_cast<int>(thread),
-                            static_cast<int>(args.n) - 1);
+    const int channel =
+        min(strip_of(tile, 0).channel + static_cast<int>(thread), static_cast<int>(args.n) - 1);
     static_assert(kStripsEach * kGroupChannels == kGroupThreads);
     const int64_t row = channel * args.groups;
     const auto fetch_groups = [&](unsigned first) {
@@ -498,25 +498,15 @@ struct Tiles : Worker<C> {
 
     int sums[kStripsEach][kSums];
     uint32_t a[C::kHalves][kStripsEach][2][4];
-    uint4 next[C::kHalves][kStripsEach];  // weights that are not widened yet
-    unsigned g = 0;                       // the group
-    const auto load_next = [&](int stage, int half) {
+    unsigned g = 0;  // the group
+    const auto start = [&](int half, bool add) {
 #pragma unroll
       for (int h = 0; h < C::kHalves; ++h) {
 #pragma unroll
         for (int r = 0; r < kStripsEach; ++r) {
-          next[h][r] = this->weights(stage, half + h, group * kStripsEach + r);
+          widen(a[h][r], this->weights(ring.stage, half + h, group * kStripsEach + r));
         }
       }
-    };
-    const auto widen_next = [&](int i) {
-      widen(a[i / kStripsEach][i % kStripsEach], next[i / kStripsEach][i % kStripsEach]);
-    };
-    const auto widen_all = [&] {
-#pragma unroll
-      for (int i = 0; i < C::kHalves * kStripsEach; ++i) widen_next(i);
-    };
-    const auto start = [&](int half, bool add) {
       wgmma_fence();
 #pragma unroll
       for (int r = 0; r < kStripsEach; ++r) {
@@ -536,7 +526,6 @@ struct Tiles : Worker<C> {
       }
       load_fetched(s_w, C::kScalesAt, g);
     };
-    /// Adds a group, and widens what comes next in between.
     const auto convert = [&] {
       if (args.x_zero != nullptr) {
         int w_sum[kStripsEach][2];
@@ -547,7 +536,6 @@ struct Tiles : Worker<C> {
       ++g;
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
-        if (b < C::kHalves * kStripsEach) widen_next(b);
 #pragma unroll
         for (int r = 0; r < kStripsEach; ++r) {
           float v[kBlock];
@@ -559,44 +547,34 @@ struct Tiles : Worker<C> {
         }
       }
     };
-    const auto next_stage = [&](int used) {
-      this->release_stage(used);
+    const auto end_stage = [&] {
+      wgmma_wait<0>();
+      this->release_stage(ring.stage);
+      ring.next();
     };
-    this->await_stage(ring.stage, ring.parity);
-    load_next(ring.stage, 0);
-    widen_all();
     int done = 0;  // halves of the group
-    for (int s = 0; s < p.stages; ++s) {
-      fetch_residual(tile, s);
-      const int used = ring.stage;
-      const bool last = s + 1 == p.stages;
+    for (int st = 0; st < p.stages; ++st) {
+      fetch_residual(tile, st);
+      this->await_stage(ring.stage, ring.parity);
       if constexpr (C::kHalves == 1) {  // a group is half a stage
         start(0, false);
         load_group();
-        if (2 * s + 1 < halves) load_next(used, 1);
-        wgmma_wait<0>();
-        convert();
-        if (2 * s + 1 < halves) {
+        if (2 * st + 1 < halves) {
+          wgmma_wait<0>();
+          convert();
           start(1, false);
           load_group();
         }
+        end_stage();
+        convert();
       } else {
         start(0, done > 0);
         done += 2;
         if (done == group_halves) load_group();
-      }
-      ring.next();
-      if (!last) {
-        this->await_stage(ring.stage, ring.parity);
-        load_next(ring.stage, 0);
-      }
-      wgmma_wait<0>();
-      next_stage(used);
-      if (C::kHalves == 1 ? 2 * s + 1 < halves : done == group_halves) {
+        end_stage();
+        if (done < group_halves) continue;
         done = 0;
         convert();
-      } else {
-        widen_all();
       }
     }
   }

@@ -63,9 +63,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 constexpr int64_t kMaxK = int64_t{1} << 17;
 /// Coordinates of tiles are ints, with room for the last tile.
 constexpr int64_t kMaxRows = int64_t{1} << 30;
-/// A group has whole halves of stages.
-constexpr int kGroupMultiple = kColumns / 2;
-constexpr int kGroupedTokens = 64;
 
 /// Whether the current device runs this file's sm_90a code.
 bool is_compiled_for_device() {
@@ -73,7 +70,7 @@ bool is_compiled_for_device() {
   static const bool compiled = [] {
     cudaFuncAttributes attributes{};
     const cudaError_t status =
-        cudaFuncGetAttributes(&attributes, &linear_int4_prefill_kernel<Config<128, false>>);
+        cudaFuncGetAttributes(&attributes, &linear_int4_prefill_kernel<Config<128>>);
     if (status != cudaSuccess) cudaGetLastError();
     return status == cudaSuccess && attributes.binaryVersion == 90 && attributes.ptxVersion == 90;
   }();
@@ -116,7 +113,7 @@ int64_t active_clusters(int cluster) {
   if (const int device = device_limits().device; device != of) {
     for (int i = 1; i <= kMaxCluster; ++i) {
       int clusters = 0;
-      Grid<Config<128, false>> grid(1, i);
+      Grid<Config<128>> grid(1, i);
       QUAROT_CUDA_CHECK(
           cudaOccupancyMaxActiveClusters(&clusters, grid.kernel, grid.config(nullptr)));
       known[i] = clusters;
@@ -184,7 +181,6 @@ Plan plan_of(const LinearInt4Args& args) {
                              {32, 500, 2300, 4000}};
   const int64_t stages = ceil_div(args.k, kColumns), channel_tiles = ceil_div(args.n, kChannels);
   const int pair = channel_tiles % 2 == 0 ? 2 : 1;  // no empty column of tiles
-  const bool grouped = args.groups > 1;             // the order of the groups counts: no parts
   Plan best{};
   int64_t fewest = 0;
   const auto consider = [&](int64_t cycles, const Plan& plan) {
@@ -193,14 +189,12 @@ Plan plan_of(const LinearInt4Args& args) {
     best = plan;
   };
   for (const Cost& cost : kCosts) {
-    if (grouped && cost.tokens != kGroupedTokens) continue;
     const int64_t tiles = channel_tiles * ceil_div(args.m, cost.tokens);
     const int64_t wave = pair * active_clusters(pair), tile = stages * cost.stage + cost.tile;
     const auto parted = [&](int parts) {
       return ceil_div(stages, parts) * cost.stage + cost.tile + cost.exchange;
     };
     consider(ceil_div(tiles, wave) * tile, {cost.tokens, pair, pair, tiles / pair, 0});
-    if (grouped) continue;
     const int64_t rest = tiles % wave;
     if (pair == 2 && tiles > wave && 0 < rest && rest <= wave / 2 && stages >= 2) {
       consider(tiles / wave * tile + parted(2), {cost.tokens, 2, 2, (tiles - rest) / 2, rest});
@@ -216,24 +210,22 @@ Plan plan_of(const LinearInt4Args& args) {
 }  // namespace
 
 bool linear_int4_prefill_fits(const LinearInt4Args& args) {
-  const int64_t group = args.k / args.groups;
-  const bool shape = args.m >= 1 && args.n >= 1 && args.m < kMaxRows && args.n < kMaxRows &&
-                     args.k < kMaxK && (args.groups == 1 || group % kGroupMultiple == 0);
+  const bool shape = args.groups == 1 && args.m >= 1 && args.n >= 1 && args.m < kMaxRows &&
+                     args.n < kMaxRows && args.k < kMaxK;
   return shape && aligned16(args.x) && aligned16(args.w) && is_compiled_for_device();
 }
 
 void linear_int4_prefill(const LinearInt4Args& args, Stream stream) {
   const Plan plan = plan_of(args);
-  if (args.groups > 1) return run<Config<kGroupedTokens, true>>(args, plan, stream);
   switch (plan.tokens) {
     case 32:
-      return run<Config<32, false>>(args, plan, stream);
+      return run<Config<32>>(args, plan, stream);
     case 64:
-      return run<Config<64, false>>(args, plan, stream);
+      return run<Config<64>>(args, plan, stream);
     case 96:
-      return run<Config<96, false>>(args, plan, stream);
+      return run<Config<96>>(args, plan, stream);
     default:
-      return run<Config<128, false>>(args, plan, stream);
+      return run<Config<128>>(args, plan, stream);
   }
 }
 

@@ -22,20 +22,17 @@
 //                    processors, or in the last wave, one for each two blocks; the sums, which are
 //                    exact, are exchanged through the rings, and each block finishes some pieces
 //
-// Grouped scales: the sums of a group are converted and added up in fp32 at its end; 64 tokens,
-// since a thread holds both kinds of sums.
+// One scale a channel; scales of groups have kernels of their own (linear_int4_grouped.cuh).
 //
 // Bound: the int8 tensor cores, at the clock that the power limit leaves; for few tokens, the
-// weights' way from memory; with grouped scales, the conversions. ncu, H200, 2048 tokens, 28672 x
-// 4096: 336 us at 1.73 GHz, the tensor cores busy in 80 % of the active cycles, L2 39 %, memory 11
-// % of their peaks; a stage of columns takes 1080 cycles of 1024 that the tensor cores need, and
-// the outputs of a tile 3500 more. 32 tokens: 24 us, 2.5 TB/s, start and end included.
+// weights' way from memory. ncu, H200, 2048 tokens, 28672 x 4096: 336 us at 1.73 GHz, the tensor
+// cores busy in 80 % of the active cycles, L2 39 %, memory 11 % of their peaks; a stage of columns
+// takes 1080 cycles of 1024 that the tensor cores need, and the outputs of a tile 3500 more. 32
+// tokens: 24 us, 2.5 TB/s, start and end included.
 #pragma once
 
 #include <cuda.h>
 #include <cuda_runtime.h>
-
-#include <type_traits>
 
 #include "kernels/cuda/device/linear_int4.cuh"
 #include "kernels/cuda/device/ptx.cuh"
@@ -82,10 +79,9 @@ constexpr int kSwizzleBytes = 1024;
 constexpr int kBlockSharedBytes = 227 * 1024;  // sm_90's limit
 
 /// What depends on the tokens of a tile.
-template <int kTokens_, bool kGrouped_>
+template <int kTokens_>
 struct Config {
   static constexpr int kTokens = kTokens_;
-  static constexpr bool kGrouped = kGrouped_;
   static constexpr int kSums = kTokens / 2;  // of a thread
   static constexpr int kPieces = kTokens / kPieceTokens;
 
@@ -309,9 +305,7 @@ struct Channels {
 
 template <class C>
 struct Consumer {
-  static constexpr bool kGrouped = C::kGrouped;
   static constexpr int kSums = C::kSums;
-  using Sum = std::conditional_t<kGrouped, float, int>;
 
   const Params& p;
   uint32_t shared;  // the block's
@@ -351,8 +345,8 @@ struct Consumer {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int in_group = warp() * kStrip + lane() / 4 + 8 * h;
-      if (!kGrouped) c.scale[h] = channel_scales()[in_group];
-      if (!kGrouped && args.x_zero != nullptr) c.sum[h] = channel_sums()[in_group];
+      c.scale[h] = channel_scales()[in_group];
+      if (args.x_zero != nullptr) c.sum[h] = channel_sums()[in_group];
       const int j = min(c.first + 8 * h, static_cast<int>(args.n) - 1);
       if (args.bias != nullptr) c.bias[h] = load1(args.bias_dtype, args.bias, j);
     }
@@ -429,80 +423,6 @@ struct Consumer {
     return *reinterpret_cast<const int4*>(data + b * 16 + lane() % 4 * 4);
   }
 
-  /// sums -= 16 * zero * w_sum.
-  __device__ __forceinline__ void subtract_zeros(int (&sums)[kSums], const int (&w_sum)[2]) const {
-#pragma unroll
-    for (int b = 0; b < kSums; b += kBlock) {
-      const int4 four = four_tokens(zeros(), b / kBlock);
-      const int z[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        sums[b + i] -= (z[i / 4 * 2 + i % 2] << kWidenShift) * w_sum[i / 2 % 2];
-      }
-    }
-  }
-
-  /// total = the sum over groups of (acc * s_x) * s_w.
-  __device__ __forceinline__ void multiply_groups(float (&total)[kSums], const Tile& tile) {
-    const LinearInt4Args& args = p.args;
-    const int halves = static_cast<int>(args.k / 64);
-    const int group_halves = halves / static_cast<int>(args.groups);
-    int sums[kSums];
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) total[i] = 0.0f;
-    const int groups = static_cast<int>(args.groups), last_row = static_cast<int>(args.n) - 1;
-    const int channel = first_channel(tile);
-    const int row[2] = {min(channel, last_row) * groups, min(channel + 8, last_row) * groups};
-    int of = 0, done = 0;  // the group, and its halves so far
-    float next[2] = {args.w_scale[row[0]], args.w_scale[row[1]]};
-    const auto convert = [&] {
-      const float s_w[2] = {next[0], next[1]};
-      int w_sum[2] = {};
-      if (args.x_zero != nullptr) {
-        w_sum[0] = args.w_sum[row[0] + of];
-        w_sum[1] = args.w_sum[row[1] + of];
-      }
-      if (++of < groups) {
-        next[0] = args.w_scale[row[0] + of];
-        next[1] = args.w_scale[row[1] + of];
-      }
-      if (args.x_zero != nullptr) subtract_zeros(sums, w_sum);
-      // Step by step for a block of sums: the compiler keeps this order, and a chain would wait.
-#pragma unroll
-      for (int first = 0; first < kSums; first += kBlock) {
-        const float4 four = four_tokens(scales(), first / kBlock);
-        const float s_x[4] = {four.x, four.y, four.z, four.w};
-        float v[kBlock];
-#pragma unroll
-        for (int i = 0; i < kBlock; ++i) v[i] = static_cast<float>(sums[first + i] >> kWidenShift);
-#pragma unroll
-        for (int i = 0; i < kBlock; ++i) v[i] = __fmul_rn(v[i], s_x[i / 4 * 2 + i % 2]);
-#pragma unroll
-        for (int i = 0; i < kBlock; ++i) v[i] = __fmul_rn(v[i], s_w[i / 2 % 2]);
-#pragma unroll
-        for (int i = 0; i < kBlock; ++i) total[first + i] = __fadd_rn(total[first + i], v[i]);
-      }
-    };
-    const uint32_t empty = empty_barriers(tile), mine = first_weights();
-    const auto multiply_half = [&](int half) {
-      uint32_t a[2][4];
-      widen(a, weights(mine, half));
-      wgmma_fence();
-      multiply(sums, a, tokens() + half * 2 * kStepUnits, done > 0);
-      wgmma_commit();
-      wgmma_wait<0>();
-      if (++done < group_halves) return;
-      done = 0;
-      convert();
-    };
-    for (int s = tile.first; s < tile.last; ++s) {
-      await_stage();
-      multiply_half(0);
-      if (2 * s + 1 < halves) multiply_half(1);
-      release_stage(empty);
-    }
-  }
-
   // -- Parts of k: each piece of a tile is finished by one of them. The others send it their sums,
   // into its ring, which is free by then: for each piece and sender 16 bytes a thread, then the
   // next 16. Every warpgroup has pieces of its own to finish, if there are enough.
@@ -569,29 +489,24 @@ struct Consumer {
   }
 
   /// The outputs but for the residual.
-  __device__ __forceinline__ void scale_block(float (&v)[kBlock], const Sum* sums, int b,
+  __device__ __forceinline__ void scale_block(float (&v)[kBlock], const int* sums, int b,
                                               const Channels& c) const {
     const LinearInt4Args& args = p.args;
-    if constexpr (kGrouped) {
+    int acc[kBlock];
 #pragma unroll
-      for (int i = 0; i < kBlock; ++i) v[i] = sums[i];
-    } else {
-      int acc[kBlock];
+    for (int i = 0; i < kBlock; ++i) acc[i] = sums[i] >> kWidenShift;
+    if (args.x_zero != nullptr) {
+      const int4 four = four_tokens(zeros(), b);
+      const int z[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-      for (int i = 0; i < kBlock; ++i) acc[i] = sums[i] >> kWidenShift;
-      if (args.x_zero != nullptr) {
-        const int4 four = four_tokens(zeros(), b);
-        const int z[4] = {four.x, four.y, four.z, four.w};
+      for (int i = 0; i < kBlock; ++i) acc[i] -= z[i / 4 * 2 + i % 2] * c.sum[i / 2 % 2];
+    }
+    const float4 four = four_tokens(scales(), b);
+    const float s_x[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-        for (int i = 0; i < kBlock; ++i) acc[i] -= z[i / 4 * 2 + i % 2] * c.sum[i / 2 % 2];
-      }
-      const float4 four = four_tokens(scales(), b);
-      const float s_x[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        v[i] = __fmul_rn(__fmul_rn(static_cast<float>(acc[i]), s_x[i / 4 * 2 + i % 2]),
-                         c.scale[i / 2 % 2]);
-      }
+    for (int i = 0; i < kBlock; ++i) {
+      v[i] = __fmul_rn(__fmul_rn(static_cast<float>(acc[i]), s_x[i / 4 * 2 + i % 2]),
+                       c.scale[i / 2 % 2]);
     }
     if (args.bias != nullptr) {
 #pragma unroll
@@ -643,7 +558,7 @@ struct Consumer {
   }
 
   /// Outputs of 16 bits, to the boxes.
-  __device__ __forceinline__ void finish_boxes(const Sum (&sums)[kSums], uint32_t owned,
+  __device__ __forceinline__ void finish_boxes(const int (&sums)[kSums], uint32_t owned,
                                                const Tile& tile) {
     const Channels c = load_channels(tile);
 #pragma unroll
@@ -664,10 +579,10 @@ struct Consumer {
 
   /// Outputs of any type, any n: one by one. A loop takes the sums from shared memory, half of each
   /// block of them at a time: as straight code this would fill the instruction cache.
-  __device__ __forceinline__ void finish_elements(const Sum (&sums)[kSums], uint32_t owned,
+  __device__ __forceinline__ void finish_elements(const int (&sums)[kSums], uint32_t owned,
                                                   const Tile& tile) const {
     const LinearInt4Args& args = p.args;
-    Sum* mine = reinterpret_cast<Sum*>(shared_pointer(box(0))) + thread * 4;
+    int* mine = reinterpret_cast<int*>(shared_pointer(box(0))) + thread * 4;
     constexpr int kStride = kGroupThreads * 4;
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
@@ -684,14 +599,10 @@ struct Consumer {
         const int64_t token = tile.token + token_of(b, i);
         const int64_t channel = first_channel(tile) + i / 2 % 2 * 8;
         if ((owned >> b & 1) == 0 || token >= args.m || channel >= args.n) continue;
-        const Sum sum = mine[b * kStride + j % 4];
-        if constexpr (kGrouped) {
-          finish(args, token, channel, sum);
-        } else {
-          int acc = sum >> kWidenShift;
-          if (args.x_zero != nullptr) acc -= args.x_zero[token] * args.w_sum[channel];
-          finish(args, token, channel, scaled(acc, args.x_scale[token], args.w_scale[channel]));
-        }
+        const int sum = mine[b * kStride + j % 4];
+        int acc = sum >> kWidenShift;
+        if (args.x_zero != nullptr) acc -= args.x_zero[token] * args.w_sum[channel];
+        finish(args, token, channel, scaled(acc, args.x_scale[token], args.w_scale[channel]));
       }
     }
   }
@@ -708,7 +619,7 @@ struct Consumer {
         cp_async_l1<4>(shared_address(zeros() + slot_of(i)), args.x_zero + token);
       }
     }
-    if (!kGrouped && thread < kGroupChannels) {
+    if (thread < kGroupChannels) {
       const int i = static_cast<int>(thread);
       const int channel =
           min(tile.channel + group * kGroupChannels + i, static_cast<int>(args.n) - 1);
@@ -726,17 +637,11 @@ struct Consumer {
 
   __device__ __forceinline__ void make_tile(const Tile& tile, uint32_t parity) {
     fetch_scales(tile);
-    Sum sums[kSums];
-    if constexpr (kGrouped) {
-      await_scales();
-      if (p.load_boxes) fetch_residual(tile, 0, C::kPieces);
-      multiply_groups(sums, tile);
-    } else {
-      multiply_tile(sums, tile);
-      pin(thread);  // what is worked out from it takes no registers before
-      if (tile.parted) exchange(sums);
-      await_scales();
-    }
+    int sums[kSums];
+    multiply_tile(sums, tile);
+    pin(thread);  // what is worked out from it takes no registers before
+    if (tile.parted) exchange(sums);
+    await_scales();
     const uint32_t owned = owned_pieces(tile);
     if (!p.boxes) return finish_elements(sums, owned, tile);
     if (p.load_boxes) wait(shared + C::kResidualAt + group * 8, parity);
