@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kFewThreads)
       const auto offset = static_cast<uint32_t>((j * 8 + j / 4 * 4) * 4);
       const float2 pair{acc[0][j][2 * h], acc[0][j][2 * h + 1]};
       if (blocks > 1) {
-        store_cluster(to + offset, pair);
+        store_cluster_pair(to + offset, pair);
       } else {
         *reinterpret_cast<float2*>(shared + (at - shared_address(shared)) + offset) = pair;
       }

@@ -303,7 +303,7 @@ __device__ __forceinline__ void store_cluster(uint32_t cluster, const int4& v) {
                "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
-__device__ __forceinline__ void store_cluster(uint32_t cluster, const float2& v) {
+__device__ __forceinline__ void store_cluster_pair(uint32_t cluster, const float2& v) {
   asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(cluster), "f"(v.x), "f"(v.y)
                : "memory");
 }
