@@ -427,21 +427,20 @@ __global__ void __launch_bounds__(max_threads(kRowTiles), 1)
       if (next < p.tiles) load_rest(next);
     }
     last_butterflies<Sink::kScaled>(result, p.scale);
-    sink.template take<false>(p, result, slots, tile, turn);
+    sink.take(p, result, slots, tile, turn);
   }
 }
 
 template <class Source, class Sink>
 bool launch_fwht(const HadamardMatrix& matrix, int64_t rows, int64_t n, const Source& source,
-                 const Sink& sink, int slots, Stream stream, int force_bits = 0,
-                 int force_tiles = 0) {
+                 const Sink& sink, int slots, Stream stream) {
   int log_n = 0;
   FwhtPlan p{};
   if (!can_transform(matrix, rows, n, log_n)) return false;
   const FwhtRequest request{
       matrix,           rows, n, rows == 1 || source.is_dense(n), Operand<Source>::kAreas, slots,
       Sink::kSlotBytes, log_n};
-  if (!plan_fwht(p, request, force_bits, force_tiles)) return false;
+  if (!plan_fwht(p, request)) return false;
   const auto go = [&](auto kernel) {
     prefer_shared_memory(kernel);
     launch_early(kernel, fwht_blocks(p), p.threads, p.shared_bytes, stream, p, source, sink);

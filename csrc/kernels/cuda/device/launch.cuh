@@ -46,7 +46,7 @@ namespace detail {
 
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes, Stream stream,
-            cudaLaunchAttribute* attributes, int count, const Args&... args) {
+            cudaLaunchAttribute* attribute, const Args&... args) {
   QUAROT_ASSERT(blocks < (int64_t{1} << 31), "too many rows for one launch");
   if (shared_bytes > kDefaultSharedBytes) {
     QUAROT_CUDA_CHECK(
@@ -57,16 +57,9 @@ void launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_b
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attributes;
-  config.numAttrs = static_cast<unsigned>(count);
+  config.attrs = attribute;
+  config.numAttrs = attribute == nullptr ? 0 : 1;
   QUAROT_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
-}
-
-inline cudaLaunchAttribute starts_early() {
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  return early;
 }
 
 }  // namespace detail
@@ -82,7 +75,7 @@ void prefer_shared_memory(void (*kernel)(Params...)) {
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes, Stream stream,
             const Args&... args) {
-  detail::launch(kernel, blocks, threads, shared_bytes, stream, nullptr, 0, args...);
+  detail::launch(kernel, blocks, threads, shared_bytes, stream, nullptr, args...);
 }
 
 /// Launches a kernel that begins with wait_for_previous_grid(): where the device can, its blocks
@@ -90,21 +83,11 @@ void launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_b
 template <class... Params, class... Args>
 void launch_early(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes,
                   Stream stream, const Args&... args) {
-  cudaLaunchAttribute early = detail::starts_early();
-  detail::launch(kernel, blocks, threads, shared_bytes, stream, &early,
-                 device_limits().starts_early ? 1 : 0, args...);
-}
-
-/// The same in clusters of `cluster` blocks: sm_90.
-template <class... Params, class... Args>
-void launch_cluster_early(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes,
-                          int cluster, Stream stream, const Args&... args) {
-  cudaLaunchAttribute attributes[2] = {detail::starts_early(), {}};
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = static_cast<unsigned>(cluster);
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-  detail::launch(kernel, blocks, threads, shared_bytes, stream, attributes, cluster > 1 ? 2 : 1,
-                 args...);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  detail::launch(kernel, blocks, threads, shared_bytes, stream,
+                 device_limits().starts_early ? &early : nullptr, args...);
 }
 
 }  // namespace quarot::cuda
