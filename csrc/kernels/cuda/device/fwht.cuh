@@ -145,15 +145,14 @@ __device__ __forceinline__ void multiply_planes(float (&acc)[kRowTiles][8][4], c
                                                 const uint32_t* signs, uint32_t from,
                                                 uint32_t zeros) {
   const int row = threadIdx.x % 16;
-  uint32_t sign_bit = 0x80008000u, one = sign_bits<kDtype>(1) * 0x10001u;
-  forget_origin(sign_bit);  // in registers, so that a word takes one instruction after the shift
-  forget_origin(one);
   const auto multiply_step = [&](auto first, int step, const uint32_t* sign, uint32_t at) {
     const uint32_t bits = *sign;
     uint4 a[kRowTiles];
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
-      const auto word = [&](int w) { return (bits << (15 - sign_place(i, w)) & sign_bit) | one; };
+      const auto word = [&](int w) {
+        return (bits << (15 - sign_place(i, w)) & 0x80008000u) | sign_bits<kDtype>(1) * 0x10001u;
+      };
       a[i] = {word(0), word(1), word(2), word(3)};
     }
     if (step * 16 + row >= p.order) at = zeros;
