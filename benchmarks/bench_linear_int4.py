@@ -2,7 +2,9 @@
 
 Bound: few tokens, memory (the int4 weights are read once); many, the int8 tensor cores. The weights
 rotate through copies that exceed the last-level cache, as those of a model's layers do. On a GPU,
-calls are replayed from a CUDA graph, so that the host's time is not measured.
+calls are replayed from a CUDA graph, so that the host's time is not measured. "% of copy" compares
+with the rate of one large copy, reads and writes counted: a copy of a small matrix is mostly the
+time that its launch takes, and no bound.
 
     python -m pytest -s benchmarks/bench_linear_int4.py      (make bench runs all)
 """
@@ -10,6 +12,7 @@ calls are replayed from a CUDA graph, so that the host's time is not measured.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import statistics
 from collections.abc import Callable
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common import DEVICES, Case, median_seconds
+from common import COLD_BYTES, DEVICES, Case, median_seconds
 from quarot import ops
 from quarot.ops import reference
 
@@ -38,12 +41,12 @@ TOKENS = {"cuda": [2**i for i in range(14)], "cpu": [1, 16, 256]}
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
 GROUPS = (64, 128)  # columns; compared with a scale a channel
 GROUPED_TOKENS = (1, 16, 64, 256, 2048)
+RESIDUAL_TOKENS = (1, 2048)
 # torch's int4 kernel is made for few tokens; _int_mm refuses 16 and fewer.
 MOST_TOKENS_INT4PACK = 64
 LEAST_TOKENS_INT8 = 17
 
-COLD_BYTES = 256 << 20  # 4x a last-level cache and more
-REPLAYS = 3
+REPLAYS = 5
 REPLAY_SECONDS = 5e-3  # of one replay, about
 MAX_CALLS = 64  # of one replay
 
@@ -74,24 +77,36 @@ def test_linear_int4(
         group: torch.rand(n, k // group, device=device, generator=generator) / k
         for group in (k, *GROUPS)
     }
-    weights = _cold(ops.prepack_int4(packed))
+    weights = _cold(ops.prepack_int4(packed), device)
     peers = _peers(n, k, device, generator)
     for m in TOKENS[device]:
         x = torch.randint(-8, 8, (m, k), device=device, generator=generator).to(torch.int8)
         x_scale = torch.rand(m, device=device, generator=generator)
 
-        def run(w: Tensor, group: int, x: Tensor = x, x_scale: Tensor = x_scale) -> Tensor:
-            return ops.linear_int4(x, x_scale, None, w, scales[group], out_dtype=DTYPE[device])
+        def run(
+            w: Tensor,
+            group: int,
+            x: Tensor = x,
+            x_scale: Tensor = x_scale,
+            residual: Tensor | None = None,
+        ) -> Tensor:
+            return ops.linear_int4(
+                x, x_scale, None, w, scales[group], residual=residual, out_dtype=DTYPE[device]
+            )
 
         _verify(run(weights[0], k), x, x_scale, packed, scales[k])
-        seconds = _seconds([lambda w=w, f=run: f(w, k) for w in weights], device)
         others = {name: peer(m) for name, peer in peers.items()}
         if m in GROUPED_TOKENS:
             for group in GROUPS:
                 others[f"ours, g{group}"] = [lambda w=w, f=run, g=group: f(w, g) for w in weights]
-        baselines = {
-            name: _seconds(calls, device) / seconds for name, calls in others.items() if calls
-        }
+        if m in RESIDUAL_TOKENS:
+            residual = torch.randn(m, n, device=device, generator=generator).to(DTYPE[device])
+            others["ours, residual"] = [
+                lambda w=w, f=run, r=residual: f(w, k, residual=r) for w in weights
+            ]
+        ours = [lambda w=w, f=run: f(w, k) for w in weights]
+        times = _seconds({"ours": ours} | {name: c for name, c in others.items() if c}, device)
+        seconds = times.pop("ours")
         moved = packed.nbytes + scales[k].nbytes + x.nbytes + x_scale.nbytes
         moved += m * n * DTYPE[device].itemsize
         case = LinearCase(
@@ -99,8 +114,9 @@ def test_linear_int4(
             shape=f"{model} {m} x {n} x {k}",
             us=seconds * 1e6,
             gbps=moved / seconds / 1e9,
-            copy_share=_copy_seconds(moved, device) / seconds,
-            baselines=baselines,
+            copy_share=moved / _copy_rate(device) / seconds,
+            baselines={name: time / seconds for name, time in times.items()},
+            sizes={"m": m, "n": n, "k": k},
             tops=2e-12 * m * n * k / seconds,
         )
         report(device, case)
@@ -122,7 +138,7 @@ def _peers(
     """Return name -> (tokens -> calls, one a copy of the weights; none if it takes no such m)."""
     dtype = DTYPE[device]
     w = torch.randn(n, k, dtype=dtype, device=device, generator=generator)
-    w_float = _cold(w)
+    w_float = _cold(w, device)
 
     def activations(m: int) -> Tensor:
         return torch.randn(m, k, dtype=dtype, device=device, generator=generator)
@@ -133,10 +149,10 @@ def _peers(
 
     if device == "cpu":
         return {"fp32": in_float}
-    w_int8 = _cold((8 * w).clamp(-128, 127).to(torch.int8))
+    w_int8 = _cold((8 * w).clamp(-128, 127).to(torch.int8), device)
     group = 128
     int4 = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device, generator=generator)
-    w_int4 = _cold(torch.ops.aten._convert_weight_to_int4pack(int4, 8))
+    w_int4 = _cold(torch.ops.aten._convert_weight_to_int4pack(int4, 8), device)
     scale_and_zero = torch.randn(k // group, n, 2, dtype=dtype, device=device, generator=generator)
 
     def in_int8(m: int) -> list[Callable[[], object]]:
@@ -154,7 +170,7 @@ def _peers(
 
     peers = {"bf16": in_float, "int8": in_int8, "W4A16": in_int4}
     if torch.cuda.get_device_capability() >= (8, 9):
-        w_fp8 = _cold(w.to(torch.float8_e4m3fn))
+        w_fp8 = _cold(w.to(torch.float8_e4m3fn), device)
         one = torch.ones((), device=device)
 
         def in_fp8(m: int) -> list[Callable[[], object]]:
@@ -166,39 +182,59 @@ def _peers(
     return peers
 
 
-def _cold(x: Tensor) -> list[Tensor]:
+def _cold(x: Tensor, device: str) -> list[Tensor]:
     """Return copies of x that exceed the cache together."""
-    return [x, *(x.clone() for _ in range(max(1, COLD_BYTES // x.nbytes)))]
+    return [x, *(x.clone() for _ in range(max(1, COLD_BYTES[device] // x.nbytes)))]
 
 
-def _copy_seconds(moved: int, device: str) -> float:
-    """Return the time of a copy that reads and writes `moved` bytes in all."""
-    buffers = _cold(torch.empty(moved // 2, dtype=torch.uint8, device=device).fill_(1))
-    pairs = zip(buffers, buffers[1:] + buffers[:1], strict=True)
-    return _seconds([lambda a=a, b=b: a.copy_(b) for a, b in pairs], device)
+@functools.cache
+def _copy_rate(device: str) -> float:
+    """Return the bytes a second, read and written, of a copy that no cache holds."""
+    source = torch.empty(COLD_BYTES[device], dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device)
 
 
-def _seconds(calls: list[Callable[[], object]], device: str) -> float:
-    """Return the median time of a call; the calls take turns."""
+def _seconds(
+    implementations: dict[str, list[Callable[[], object]]], device: str
+) -> dict[str, float]:
+    """Return the median time of a call of each; its calls take turns.
+
+    The implementations take turns as well: a GPU that has rested is faster for some milliseconds.
+    """
     if device == "cpu":
-        turns = itertools.cycle(calls)
-        return median_seconds(lambda: next(turns)(), device)
+        turns = {name: itertools.cycle(calls) for name, calls in implementations.items()}
+        return {
+            name: median_seconds(lambda turn=turn: next(turn)(), device)
+            for name, turn in turns.items()
+        }
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        calls[0]()
-        once = _elapsed(calls[0], stream)
-        count = max(len(calls), min(MAX_CALLS, int(REPLAY_SECONDS / once)))
-        if count * once > 4 * REPLAY_SECONDS:  # long calls are cold in any case
-            count = max(2, int(4 * REPLAY_SECONDS / once))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for i in range(count):
-                calls[i % len(calls)]()
-        graph.replay()
-        times = [_elapsed(graph.replay, stream) / count for _ in range(REPLAYS)]
+        graphs = {name: _graph(calls, stream) for name, calls in implementations.items()}
+        times: dict[str, list[float]] = {name: [] for name in graphs}
+        for _ in range(REPLAYS):
+            for name, (graph, count) in graphs.items():
+                times[name].append(_elapsed(graph.replay, stream) / count)
     torch.cuda.current_stream().wait_stream(stream)
-    return statistics.median(times)
+    return {name: statistics.median(measured) for name, measured in times.items()}
+
+
+def _graph(
+    calls: list[Callable[[], object]], stream: torch.cuda.Stream
+) -> tuple[torch.cuda.CUDAGraph, int]:
+    """Return a graph of some rounds of the calls, replayed once, and how many calls it has."""
+    calls[0]()
+    once = _elapsed(calls[0], stream)
+    count = max(len(calls), min(MAX_CALLS, int(REPLAY_SECONDS / once)))
+    if count * once > 4 * REPLAY_SECONDS:  # long calls are cold in any case
+        count = max(2, int(4 * REPLAY_SECONDS / once))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for i in range(count):
+            calls[i % len(calls)]()
+    graph.replay()
+    return graph, count
 
 
 def _elapsed(run: Callable[[], object], stream: torch.cuda.Stream) -> float:

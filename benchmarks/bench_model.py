@@ -1,4 +1,5 @@
-"""The small real model in the demo's four forms: accuracy, bytes, tokens a second.
+"""Whole models. The small real one in the demo's four forms: accuracy, bytes, tokens a second. On a
+GPU, models of known shapes beside transformers' own, eager and compiled: `quarot bench model`.
 
 python -m pytest -s benchmarks/bench_model.py      (make bench runs all)
 """
@@ -12,6 +13,7 @@ import sys
 import pytest
 
 from common import DEVICES, write_results
+from quarot import bench, shapes
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -36,3 +38,22 @@ def test_demo(device: str) -> None:
         )
     del report["device"]  # "cpu"; the file names the chip
     print(f"\nwrote {write_results('model', device, list(forms.values()), **report)}")
+
+
+SECONDS = 80  # for a shape; a case that compiles may begin just before
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="needs CUDA")
+@pytest.mark.parametrize("shape", shapes.SHAPES)
+@pytest.mark.parametrize("device", ["cuda"])
+def test_shape(device: str, shape: str) -> None:
+    command = [sys.executable, "-m", "quarot", "bench", "model", "--shape", shape]
+    command += ["--device", device, "--seconds", str(SECONDS), "--json"]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    report = json.loads(output)
+    cases = report.pop("cases")
+    for index, case in enumerate(cases):
+        print(f"\n{bench.line(case, cases[:index])}", end="")
+    assert any(case["what"] == "decode" and "ms" in case for case in cases)
+    del report["device"]  # "cuda"; the file names the chip
+    print(f"\nwrote {write_results(f'model-{shape}', device, cases, **report)}")

@@ -22,9 +22,11 @@ from quarot.ops import reference
 # Widths of Llama-3-8B and its MLP (28·512), of Llama-2-7B's MLP (172·64), of Llama-3-70B and its
 # MLP.
 SIZES = {"cuda": [4096, 8192, 11008, 14336, 28672], "cpu": [4096, 14336]}
+# Heads of HEAD_DIM: 12, 28 (Qwen2-1.5B and 7B), 32, 40 (Llama-2-13B), 64.
+HEAD_SIZES = {"cuda": [1536, 3584, 4096, 5120, 8192], "cpu": [4096, 5120]}
 FEW_ROWS = {"cuda": [1, 16, 256, 2048], "cpu": [1, 16]}
 HEAD_DIM = 128
-SECONDS = {"cuda": 0.03, "cpu": 0.1}
+SECONDS = {"cuda": 0.01, "cpu": 0.1}
 
 # name -> (elements read for each code, the op on x [rows, that many * n]).
 OPS: dict[str, tuple[int, Callable[..., reference.Quantized]]] = {
@@ -42,6 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "packed": {"packed": True},
     "asymmetric": {"symmetric": False},
     "g128": {"group": 128},
+    "g64": {"group": 64},
 }
 # (query heads, key heads, head_dim): Llama-3-8B, Llama-2-7B, SmolLM2-135M.
 HEADS = [(32, 8, 128), (32, 32, 128), (9, 3, 64)]
@@ -60,17 +63,28 @@ def _bytes(tensors: Any) -> int:
     return sum(t.nbytes for t in tensors if t is not None)
 
 
+def sizes(device: str, name: str) -> list[int]:
+    return (HEAD_SIZES if name == "head_hadamard_quantize" else SIZES)[device]
+
+
 MANY = [
-    (device, n, options)
+    (device, n, options, name)
     for device in DEVICES
-    for n in SIZES[device]
+    for name in OPS
+    for n in sizes(device, name)
     for options in OPTIONS
     if device == "cuda" or n == 4096 or options == "int8"
 ]
+FEW = [
+    (device, n, rows, name)
+    for device in DEVICES
+    for name in OPS
+    for n in sizes(device, name)
+    for rows in FEW_ROWS[device]
+]
 
 
-@pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize(("device", "n", "options"), MANY)
+@pytest.mark.parametrize(("device", "n", "options", "name"), MANY)
 def test_many_rows(
     report: Callable[[str, Case], None], device: str, n: int, options: str, name: str
 ) -> None:
@@ -80,11 +94,7 @@ def test_many_rows(
     _run(report, device, name, rows, n, options, unfused=unfused)
 
 
-@pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize(
-    ("device", "n", "rows"),
-    [(d, n, rows) for d in DEVICES for n in SIZES[d] for rows in FEW_ROWS[d]],
-)
+@pytest.mark.parametrize(("device", "n", "rows", "name"), FEW)
 def test_few_rows(
     report: Callable[[str, Case], None], device: str, n: int, rows: int, name: str
 ) -> None:

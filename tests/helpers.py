@@ -169,6 +169,29 @@ def random_cache(
     return (*half(), *half())
 
 
+def paged(cache: KvCache, size: int, lengths: Tensor) -> tuple[KvCache, Tensor]:
+    """Return a cache, its capacity a multiple of `size`, in blocks of that size, and their table.
+
+    The blocks are in random order, some belong to nobody and hold NaN; entries of the table beyond
+    a row's length name blocks that there are not.
+    """
+    batch, _, capacity = cache[1].shape
+    columns, strangers = capacity // size, 3
+    held = batch * columns + strangers
+    order = torch.randperm(held)[: batch * columns]
+
+    def in_blocks(x: Tensor) -> Tensor:
+        cut = x.unflatten(2, (columns, size)).transpose(1, 2).flatten(0, 1)
+        blocks = cut.new_full((held, *cut.shape[1:]), 255 if x.dtype == torch.uint8 else torch.nan)
+        blocks[order.to(x.device)] = cut
+        return blocks
+
+    table = order.view(batch, columns).int().to(lengths.device)
+    used = torch.arange(columns, device=lengths.device) * size < lengths[:, None]
+    codes, scale, zero, *values = (in_blocks(x) for x in cache)
+    return (codes, scale, zero, *values), table.masked_fill(~used, -7)
+
+
 def cache_values(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """Decode one half of a cache in float64 on the CPU, [batch, kv_heads, capacity, dim]."""
     codes = codes.cpu().long()

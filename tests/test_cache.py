@@ -24,9 +24,9 @@ def append(layer: QuantizedLayer, tokens: int, batch: int = 3, seed: int = 0) ->
     shape = (batch, tokens, spec.kv_heads, spec.head_dim)
     k, v = (torch.randn(shape, generator=generator) for _ in range(2))
     turn = torch.zeros(1, tokens, spec.head_dim)
-    layer.reserve(batch, tokens, CPU)
+    start, _ = layer.reserve(batch, tokens, CPU)
     reference.rope_hadamard_kv_append(
-        k, k, v, turn + 1, turn, *layer.buffers, layer.lengths, bits=spec.bits
+        k, k, v, turn + 1, turn, *layer.buffers, start, bits=spec.bits
     )
     layer.advance(tokens)
 
@@ -48,9 +48,8 @@ def same(left: list[Tensor], right: list[Tensor]) -> bool:
 
 def consistent(layer: QuantizedLayer) -> bool:
     """The host's and the device's idea of the length agree."""
-    return layer.lengths.dtype == torch.int32 and layer.lengths.tolist() == [layer.length] * (
-        layer.batch_size
-    )
+    start, end = layer.reserve(layer.batch_size, 0, CPU)
+    return start.tolist() == end.tolist() == [layer.length] * layer.batch_size
 
 
 # --- storage ------------------------------------------------------------------------------------
@@ -82,13 +81,13 @@ def test_bytes_a_token(bits: int) -> None:
 
 
 def test_growing_keeps_tokens() -> None:
-    layer, whole = QuantizedLayer(SPEC), QuantizedLayer(SPEC, max_cache_len=300)
+    layer, whole = QuantizedLayer(SPEC), QuantizedLayer(SPEC, max_cache_len=600)
     capacities = []
-    for seed, tokens in enumerate((60, 4, 1, 100, 1)):
+    for seed, tokens in enumerate((60, 4, 1, 300, 1)):
         append(layer, tokens, seed=seed)
         append(whole, tokens, seed=seed)
         capacities.append(layer.capacity)
-    assert capacities == [64, 64, 128, 192, 192]
+    assert capacities == [64, 64, 320, 576, 576]
     assert same(stored(layer), stored(whole))
     assert consistent(layer)
 
@@ -141,11 +140,48 @@ def test_reset_takes_a_new_text_of_another_batch(max_cache_len: int | None) -> N
 
 def test_reset_of_a_static_layer_keeps_its_addresses() -> None:
     layer = filled(max_cache_len=8)
-    addresses = [t.data_ptr() for t in (*layer.buffers, layer.lengths)]
+    addresses = [buffer.data_ptr() for buffer in layer.buffers]
     layer.reset()
     append(layer, 2)
-    assert addresses == [t.data_ptr() for t in (*layer.buffers, layer.lengths)]
+    assert addresses == [buffer.data_ptr() for buffer in layer.buffers]
     assert consistent(layer)
+
+
+def test_layers_of_a_cache_share_lengths_that_keep_their_addresses() -> None:
+    cache = DynamicCache()
+    layers = [adopt(cache, index, SPEC) for index in range(3)]
+    addresses = set()
+    for before, tokens in ((0, 5), (5, 1), (6, 1), (7, 3)):
+        for layer in layers:
+            start, end = layer.reserve(3, tokens, CPU)
+            assert start.dtype == end.dtype == torch.int32
+            assert start.tolist() == [before] * 3 and end.tolist() == [before + tokens] * 3
+            addresses.add((start.data_ptr(), end.data_ptr()))
+            layer.advance(tokens)
+    assert len(addresses) == 1
+    twin = copy.deepcopy(cache)
+    assert twin.layers[0].lengths is twin.layers[2].lengths is not layers[0].lengths
+
+
+def test_a_stamp_tells_buffers_apart() -> None:
+    """By it a CUDA graph knows the addresses it was captured with."""
+    layer, stamps = filled(), []
+
+    def has_new_stamp() -> bool:
+        stamps.append(layer.stamp)
+        return stamps[-1] not in stamps[:-1]
+
+    assert has_new_stamp()
+    append(layer, 1)
+    layer.crop(-1)
+    layer.reorder_cache(torch.tensor([1, 0, 2]))
+    assert not has_new_stamp()
+    append(layer, 100)  # grows
+    assert has_new_stamp()
+    layer.batch_repeat_interleave(2)
+    assert has_new_stamp()
+    layer = copy.deepcopy(layer)
+    assert has_new_stamp()
 
 
 # --- what transformers does to a cache ----------------------------------------------------------

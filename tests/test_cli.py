@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import quarot
 from helpers import tiny_model
-from quarot import cli, data, eval
+from quarot import bench, cli, data, eval, shapes
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -110,6 +110,73 @@ def test_eval_against_itself(run: Run, folder: str, text: str) -> None:
     assert code == 0
     assert report["kld_mean"] == pytest.approx(0, abs=1e-6)
     assert report["top1_agreement"] == 1.0
+
+
+@pytest.fixture
+def small_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shape that a CPU can measure, and little of it."""
+    sizes = {
+        "vocab_size": 200,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    monkeypatch.setitem(shapes.SHAPES, "llama-3-8b", sizes)
+    for name, value in {
+        "PROMPT": 32,
+        "MEMORY_CONTEXT": 300,
+        "ROOM": 24,
+        "FEW": 2,
+        "MANY": 8,
+    }.items():
+        monkeypatch.setattr(bench, name, value)
+    for name in ("WARM", "GROUPS", "STEPS"):
+        monkeypatch.setattr(bench, name, 2)
+    cases = ((1, 32), (2, 200_000))
+    monkeypatch.setattr(bench, "QUICK_CASES", cases)
+
+
+def test_bench_model(run: Run, small_bench: None) -> None:
+    code, out, _ = run("bench", "model", "--device", "cpu", "--quick", "--json")
+    assert code == 0
+    report = only_json(out)
+    assert (report["shape"], report["preset"]) == ("llama-3-8b", "W4A4KV4")
+    for form in (bench.OURS, bench.EAGER):
+        cases = [case for case in report["cases"] if case["form"] == form]
+        (memory,) = (case for case in cases if case["what"] == "memory")
+        weights = 2 * (128 * (128 + 64 + 64 + 128) + 3 * 128 * 256)  # of two layers
+        rest = 2 * (2 * 200 * 128 + 5 * 128)  # embedding, head and norms in 16 bits
+        scales = 4 * 2 * (128 + 64 + 64 + 128 + 256 + 256 + 128)
+        frequencies = 4 * 2 * 16
+        held = weights // 2 + scales if form == bench.OURS else weights * 2
+        assert memory["weight_bytes"] == held + rest + frequencies
+        entry = 16 + 3 if form == bench.OURS else 64
+        assert memory["kv_bytes"] == pytest.approx(2 * 2 * 2 * 300 * entry, abs=64)
+        assert [case["batch"] for case in cases if case["what"] == "prefill"] == [1, 16]
+        steps = [case for case in cases if case["what"] == "decode"]
+        assert steps[0]["ms"] > 0
+        assert steps[1]["skipped"] == "the model has 131072 positions"
+
+
+def test_bench_model_prints_lines(run: Run, small_bench: None) -> None:
+    options = ("--device", "cpu", "--quick", "--parts", "decode,memory")
+    code, out, _ = run("bench", "model", *options)
+    lines = out.splitlines()
+    assert code == 0 and len(lines) == 6
+    assert "weights 0.000 GB" in lines[0] and "skipped: the model has" in lines[2]
+    assert "x quarot's decode" in lines[4]
+
+
+def test_bench_model_refuses(run: Run) -> None:
+    for options, named in (
+        (("--parts", "decode,speed"), "speed"),
+        (("--shape", "llama-9"), "llama-9"),
+        (("--preset", "none", "--device", "cpu"), "--preset"),
+    ):
+        code, out, err = run("bench", "model", *options)
+        assert code == 2 and not out and named in err
 
 
 def test_checkpoint_equals_conversion_in_memory(
@@ -235,7 +302,7 @@ def test_info(run: Run) -> None:
     facts = only_json(out)
     assert facts["quarot"] == quarot.__version__
     assert facts["torch"] == torch.__version__
-    assert facts["cpu_isa"] in ("baseline", "avx2", "avx512")
+    assert facts["cpu_isa"] in ("baseline", "avx2", "avx512", "amx")
     assert facts["kernels"] == quarot.ops.kernels()
     assert {"hadamard", "linear_int4", "attention"} <= facts["kernels"].keys()
     code, out, _ = run("info")

@@ -8,6 +8,8 @@ logits within the noise of a code that flips, at 8 bits and 16-bit activations, 
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from transformers import (
     DynamicCache,
     PreTrainedTokenizerFast,
     StaticCache,
+    StoppingCriteria,
     TextStreamer,
     pipeline,
 )
@@ -225,6 +228,141 @@ def test_output_of_attention_weights_is_an_error(quantized):
         quantized(IDS, output_attentions=True)
 
 
+# --- our own loop -------------------------------------------------------------------------------
+
+LOOP = {"custom_generate": quarot.generate}
+LOOPS = {
+    "greedy": {},
+    "temperature": {"do_sample": True, "temperature": 0.8},
+    "top_k": {"do_sample": True, "top_k": 20},
+    "top_p": {"do_sample": True, "top_p": 0.8},
+    "several": {"do_sample": True, "num_return_sequences": 3},
+    "static": {"cache_implementation": "static"},
+    "processors": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "end": {"min_new_tokens": 3, "eos_token_id": list(range(3, 128, 4))},
+    "chunks": {"prefill_chunk_size": 5},
+}
+
+
+class Recorder:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self):
+        self.given, self.ended = [], False
+
+    def put(self, tokens):
+        assert tokens.device.type == "cpu"
+        self.given.append(tokens)
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("mode", LOOPS)
+@pytest.mark.parametrize("model", ["original", "rotated", "cached", "quantized"])
+def test_own_loop_generates_the_same_text(request, model, mode):
+    model = request.getfixturevalue(model)
+    expected = generate(model, **LOOPS[mode])
+    assert torch.equal(generate(model, **LOOP, **LOOPS[mode]), expected)
+
+
+@pytest.mark.parametrize("mode", ["greedy", "top_k", "static", "end"])
+@pytest.mark.parametrize("model", ["original", "rotated", "quantized"])
+def test_own_loop_with_padding(request, model, mode):
+    model = request.getfixturevalue(model)
+    ids, mask = padded(IDS[0, :5], IDS[0, 2:9], IDS[0])
+    options = {"attention_mask": mask, **LOOPS[mode]}
+    expected = generate(model, ids, **options)
+    assert torch.equal(generate(model, ids, **LOOP, **options), expected)
+
+
+def test_own_loop_streams(quantized, original):
+    streamer = Recorder()
+    out = generate(quantized, **LOOP, streamer=streamer)
+    assert torch.equal(torch.cat([streamer.given[0][0], *streamer.given[1:]]), out[0])
+    assert streamer.ended and len(streamer.given) == 1 + NEW
+    streamer = Recorder()  # to a model that is not ours it comes in another way
+    loop = functools.partial(quarot.generate, streamer=streamer)
+    assert torch.equal(generate(original, custom_generate=loop), generate(original))
+    assert streamer.ended and len(streamer.given) == 1 + NEW
+
+
+def test_own_loop_asks_other_stopping_criteria(quantized):
+    class Enough(StoppingCriteria):
+        def __call__(self, ids, scores, **kwargs):
+            return torch.tensor([ids.shape[1] >= IDS.shape[1] + 3] * len(ids))
+
+    out = generate(quantized, **LOOP, min_new_tokens=0, stopping_criteria=[Enough()])
+    assert torch.equal(out, generate(quantized)[:, : IDS.shape[1] + 3])
+
+
+@pytest.mark.parametrize("loop", [{}, LOOP])
+def test_a_streamer_that_raises_leaves_model_and_cache_usable(cached, loop):
+    class Cancel(Recorder):
+        def put(self, tokens):
+            super().put(tokens)
+            if len(self.given) == 5:
+                raise InterruptedError
+
+    expected, cache = generate(cached), DynamicCache()
+    with pytest.raises(InterruptedError):
+        generate(cached, past_key_values=cache, streamer=Cancel(), **loop)
+    assert cache.get_seq_length() == IDS.shape[1] + 3
+    seen = expected[:, : IDS.shape[1] + 4]
+    rest = generate(cached, seen, past_key_values=cache, max_new_tokens=NEW - 4, min_new_tokens=0)
+    assert torch.equal(rest, expected)
+    assert torch.equal(generate(cached, **loop), expected)
+
+
+def test_own_loop_serves_several_turns(cached):
+    caches = DynamicCache(), DynamicCache()
+    first = generate(cached, past_key_values=caches[0])
+    assert torch.equal(generate(cached, past_key_values=caches[1], **LOOP), first)
+    turn = torch.cat([first, IDS.flip(1)], 1)
+    second = generate(cached, turn, past_key_values=caches[0])
+    assert torch.equal(generate(cached, turn, past_key_values=caches[1], **LOOP), second)
+    assert caches[1].get_seq_length() == second.shape[1] - 1
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"num_beams": 2}, "beam_search"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted_generation"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate"),
+        ({"use_cache": False}, "use_cache"),
+    ],
+)
+def test_own_loop_refuses_what_it_cannot_do(quantized, options, named):
+    with pytest.raises(ValueError, match=named):
+        generate(quantized, **LOOP, **options)
+
+
+def test_own_loop_refuses_an_assistant(quantized, original):
+    with pytest.raises(ValueError, match="assistant_model"):
+        generate(quantized, **LOOP, assistant_model=original)
+
+
+def test_nothing_grows_with_the_tokens(quantized):
+    """The objects that exist while a text is generated: as many after 40 tokens as after 400."""
+    counts = []
+
+    class Count(Recorder):
+        def put(self, tokens):
+            if tokens.ndim == 1:
+                counts.append(len(gc.get_objects()))
+
+    gc.collect()
+    gc.disable()  # what is counted must go by itself
+    try:
+        cache = StaticCache(quantized.config, max_cache_len=500)
+        options = {"max_new_tokens": 400, "min_new_tokens": 400, "past_key_values": cache}
+        generate(quantized, streamer=Count(), **options, **LOOP)
+    finally:
+        gc.enable()
+    assert counts[-1] - counts[40] <= 20
+
+
 # --- text in, text out --------------------------------------------------------------------------
 
 
@@ -275,7 +413,9 @@ def test_pipeline(quantized, tokenizer, batch_size):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_CUDA)
 @pytest.mark.parametrize("preset", ["W4A4KV4", "W4A8KV8", "W16A16KV16"])
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_beams": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"cache_implementation": "static"}, {"num_beams": 3}, LOOP]
+)
 def test_on_a_gpu(preset, options):
     """Converted there, it generates there, twice the same; unquantized what the original does."""
     device = torch.device("cuda")

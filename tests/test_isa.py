@@ -20,7 +20,7 @@ from quarot import ops
 
 _C = pytest.importorskip("quarot._C", reason="the library is not built")
 
-VARIANTS = ("avx2", "avx512")
+VARIANTS = ("avx2", "avx512", "amx")
 QUANTIZERS = (
     {"bits": 4, "symmetric": True, "clip": 0.9},
     {"bits": 4, "symmetric": False, "clip": 1.0, "packed": True},
@@ -99,7 +99,13 @@ def results() -> Iterator[tuple[str, Tensor | None]]:
 def linear(
     randn: Callable[..., Tensor], generator: torch.Generator
 ) -> Iterator[tuple[str, Tensor]]:
-    for m, n, k, groups in ((1, 33, 64, 1), (7, 80, 256, 4), (40, 48, 1536, 1)):
+    for m, n, k, groups in (
+        (1, 33, 64, 1),
+        (3, 17, 96, 3),
+        (7, 80, 256, 4),
+        (40, 48, 1536, 1),
+        (140, 72, 2112, 1),
+    ):
         weight = torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=generator)
         w_scale = torch.rand(n, groups, generator=generator)
         w_sum = weight.reshape(n, groups, -1).sum(-1, dtype=torch.int32)
@@ -178,7 +184,7 @@ def test_variant_equals_baseline(
 def test_unknown_variant_is_an_error_of_the_import(tmp_path: Path) -> None:
     process = spawn("sse9", tmp_path / "never.pt")
     assert process.returncode != 0
-    assert "QUAROT_CPU_ISA must be baseline, avx2 or avx512; got 'sse9'" in process.stdout
+    assert "QUAROT_CPU_ISA must be baseline, avx2, avx512 or amx; got 'sse9'" in process.stdout
 
 
 if __name__ == "__main__":

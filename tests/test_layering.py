@@ -27,17 +27,21 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "rotate": ("config", "hadamard", "models.base"),
     "calibrate": ("data", "modules", "models.base"),
     "learn": ("rotate", "quantize", "modules", "models.base", "data", "config"),
-    "hf": ("config", "models", "modules", "cache", "ops"),
+    "generate": ("cache",),
+    "graph": ("models", "modules", "cache", "generate"),
+    "hf": ("config", "models", "modules", "cache", "ops", "graph"),
     "convert": (
         "config", "hadamard", "data", "ops", "quantize", "models", "modules", "cache", "rotate",
         "calibrate", "learn", "hf",
     ),
+    "shapes": ("config", "models", "modules", "hf", "convert"),
+    "bench": ("models", "modules", "cache", "generate", "shapes"),
     "eval": ("data",),
     "cli": ("",),
     "__main__": ("cli",),
     "__init__": (
         "config", "hadamard", "data", "ops", "quantize", "models", "modules", "cache", "rotate",
-        "calibrate", "learn", "hf", "convert", "eval", "_C",
+        "calibrate", "learn", "generate", "hf", "convert", "eval", "_C",
     ),
 }  # fmt: skip
 
@@ -107,7 +111,8 @@ TIERS: dict[str, tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]] = {
     "kernels cpu": (
         re.compile(r"kernels/cpu/.+"),
         re.compile(r"kernels/[^/]+\.h|kernels/cpu/.+"),
-        re.compile(r"[a-z0-9_]+|immintrin\.h"),
+        # The processor, and the kernel's word that its tiles may be used.
+        re.compile(r"[a-z0-9_]+|immintrin\.h|cpuid\.h|sys/syscall\.h|unistd\.h"),
     ),
     "kernels cuda": (
         re.compile(r"kernels/cuda/.+"),

@@ -1,6 +1,6 @@
-"""ops.attention: accuracy against float64, causality, masks, ragged lengths, hidden garbage.
+"""ops.attention: accuracy against float64, causality, masks, windows, pages, hidden garbage.
 
-Head dimension 64 and few queries: the CUDA kernel. Other dimensions, or more than 32 queries:
+Head dimensions 64, 96, 128, 256 and few queries: the CUDA kernel. Others, or more than 32 queries:
 torch's attention on tiles of the dequantized cache there.
 """
 
@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from helpers import NO_CUDA, KvCache, assert_accurate, cache_values, poisoned, random_cache
+from helpers import (
+    NO_CUDA,
+    KvCache,
+    assert_accurate,
+    cache_values,
+    paged,
+    poisoned,
+    random_cache,
+)
 from quarot import ops
 from quarot.ops import reference
 
@@ -32,7 +40,7 @@ def dequantized(codes, scale, zero, bits):
     return scale.double()[..., None] * (codes.double() - zero.double()[..., None])
 
 
-def in_float64(q, cache: KvCache, lengths, mask, bits, scale):
+def in_float64(q, cache: KvCache, lengths, mask, bits, scale, window=None):
     """The formula, one query at a time, over the keys that it sees."""
     keys, values = cache_values(*cache[:3], bits), cache_values(*cache[3:], bits)
     batch, seq, heads, _ = q.shape
@@ -41,7 +49,8 @@ def in_float64(q, cache: KvCache, lengths, mask, bits, scale):
     for b in range(batch):
         for s in range(seq):
             for h in range(heads):
-                seen = list(range(int(lengths[b]) - seq + s + 1))
+                last = int(lengths[b]) - seq + s
+                seen = list(range(max(0, last + 1 - (window or last + 1)), last + 1))
                 if mask is not None:
                     row = mask[b, h if mask.shape[1] > 1 else 0, s]
                     seen = [j for j in seen if row[j]]
@@ -51,14 +60,18 @@ def in_float64(q, cache: KvCache, lengths, mask, bits, scale):
     return out
 
 
-def seen_keys(shape, keys, lengths, mask):
+def seen_keys(shape, keys, lengths, mask, window=None):
     """Return bool [B, 1 or H, S, keys]: what each query sees; shape is q's."""
     tokens = lengths[:, None] - shape[1] + torch.arange(shape[1], device=lengths.device)
-    seen = (torch.arange(keys, device=lengths.device) <= tokens[..., None])[:, None]
+    key = torch.arange(keys, device=lengths.device)
+    seen = key <= tokens[..., None]
+    if window is not None:
+        seen &= key > tokens[..., None] - window
+    seen = seen[:, None]
     return seen if mask is None else seen & mask[..., :keys]
 
 
-def all_at_once(q, cache: KvCache, lengths, bits, scale, mask=None):
+def all_at_once(q, cache: KvCache, lengths, bits, scale, mask=None, window=None):
     """The same for all queries together, on q's device, fast enough for many keys."""
     group = q.shape[2] // cache[0].shape[1]
     keys, values = (
@@ -66,27 +79,28 @@ def all_at_once(q, cache: KvCache, lengths, bits, scale, mask=None):
         for half in (cache[:3], cache[3:])
     )
     scores = torch.einsum("bshd,bhjd->bhsj", q.double(), keys) * scale
-    seen = seen_keys(q.shape, keys.shape[2], lengths, mask)
+    seen = seen_keys(q.shape, keys.shape[2], lengths, mask, window)
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen, 0)
     return torch.einsum("bhsj,bhjd->bshd", weights, values).cpu()
 
 
-def torch_attention(q, cache: KvCache, lengths, bits, scale, mask=None):
+def torch_attention(q, cache: KvCache, lengths, bits, scale, mask=None, window=None):
     """torch's own attention in q's dtype, on the cache dequantized to it."""
     group = q.shape[2] // cache[0].shape[1]
     keys, values = (
         dequantized(*(x.to(q.device) for x in half), bits).to(q.dtype).repeat_interleave(group, 1)
         for half in (cache[:3], cache[3:])
     )
-    seen = seen_keys(q.shape, keys.shape[2], lengths, mask).expand(-1, q.shape[2], -1, -1)
+    seen = seen_keys(q.shape, keys.shape[2], lengths, mask, window).expand(-1, q.shape[2], -1, -1)
     out = functional.scaled_dot_product_attention(
         q.transpose(1, 2), keys, values, attn_mask=seen, scale=scale
     )
     return out.masked_fill(~seen.any(-1, keepdim=True), 0).transpose(1, 2)
 
 
-def attend(module, device, q, cache, lengths, mask=None, *, bits, scale=0.2):
+def attend(module, device, q, cache, lengths, mask=None, *, bits, scale=0.2, **options):
     mask = None if mask is None else mask.to(device)
+    options = {n: o.to(device) if isinstance(o, torch.Tensor) else o for n, o in options.items()}
     return module.attention(
         q.to(device),
         *(t.to(device) for t in cache),
@@ -94,6 +108,7 @@ def attend(module, device, q, cache, lengths, mask=None, *, bits, scale=0.2):
         mask,
         bits=bits,
         scale=scale,
+        **options,
     )
 
 
@@ -135,10 +150,11 @@ def test_accuracy(device, bits, dtype, heads, kv_heads, dim, seq):
     seq=st.integers(1, 7),
     group=st.integers(1, 3),
     masked=st.sampled_from([None, "shared", "per head"]),
+    window=st.none() | st.integers(1, 21),
     bits=st.sampled_from([4, 8]),
     seed=st.integers(0, 100),
 )
-def test_shapes_masks_and_lengths(device, lengths, seq, group, masked, bits, seed):
+def test_shapes_masks_and_lengths(device, lengths, seq, group, masked, window, bits, seed):
     torch.manual_seed(seed)
     batch, heads = len(lengths), 2 * group
     q = torch.randn(batch, seq, heads, 64)
@@ -147,11 +163,12 @@ def test_shapes_masks_and_lengths(device, lengths, seq, group, masked, bits, see
     if masked:
         width = max(lengths) + seed % (21 - max(lengths))
         mask = torch.rand(batch, heads if masked == "per head" else 1, seq, width) < 0.6
-    exact = in_float64(q, cache, ints(*lengths), mask, bits, 0.2)
-    actual = attend(ops, device, q, cache, ints(*lengths), mask, bits=bits)
-    torch.testing.assert_close(actual.cpu().double(), exact, rtol=0, atol=1e-5)
+    exact = in_float64(q, cache, ints(*lengths), mask, bits, 0.2, window)
+    for module in (ops, reference):
+        actual = attend(module, device, q, cache, ints(*lengths), mask, bits=bits, window=window)
+        torch.testing.assert_close(actual.cpu().double(), exact, rtol=0, atol=1e-5)
     if mask is None and min(lengths) >= seq:
-        fast = all_at_once(q, cache, ints(*lengths), bits, 0.2)
+        fast = all_at_once(q, cache, ints(*lengths), bits, 0.2, window=window)
         torch.testing.assert_close(fast, exact, rtol=0, atol=1e-12)
 
 
@@ -211,16 +228,105 @@ def test_what_lies_beyond_the_length_is_never_used(device, seq, bits):
         torch.testing.assert_close(actual, expected[row : row + 1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("length", [None, 40], ids=["unknown length", "known length"])
+@pytest.mark.parametrize("how", ["causal", "mask", "window"])
+@pytest.mark.parametrize("dim", [64, 80])
+@pytest.mark.parametrize("seq", [6, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("part", [1, 4], ids=["key", "value"])
-def test_a_nan_reaches_the_queries_that_see_it(device, part):
-    q = torch.randn(1, 6, 2, 64)
-    cache = random_cache(1, 2, 6, 64, 4, CPU)
-    expected = attend(ops, device, q, cache, ints(6), bits=4)
-    cache[part][0, 1, 3] = torch.nan  # a token whose key or value was not finite, of head 1
-    actual = attend(ops, device, q, cache, ints(6), bits=4)
-    assert actual[0, 3:, 1].isnan().all()
-    assert torch.equal(actual[0, :3], expected[0, :3])
+def test_a_nan_reaches_the_queries_that_see_it(device, part, dtype, seq, dim, how, length):
+    q = torch.randn(1, seq, 2, dim).to(dtype)
+    cache = random_cache(1, 2, 40, dim, 4, CPU)
+    options = {"bits": 4, "length": length, "window": 9 if how == "window" else None}
+    mask = torch.rand(1, 1, seq, 40) < 0.6 if how == "mask" else None
+    if mask is not None:
+        mask[..., 37] = torch.arange(seq) % 2 == 0
+    expected = attend(ops, device, q, cache, ints(40), mask, **options)
+    cache[part][0, 1, 37] = torch.nan  # a token whose key or value was not finite, of head 1
+    actual = attend(ops, device, q, cache, ints(40), mask, **options)
+    hit = seen_keys(q.shape, 40, ints(40), mask, options["window"])[0, 0, :, 37].to(device)
+    assert hit.any() and not hit.all()
+    assert actual[0, hit, 1].isnan().all()
+    assert torch.equal(actual[0, ~hit], expected[0, ~hit])
     assert torch.equal(actual[0, :, 0], expected[0, :, 0])
+
+
+@pytest.mark.parametrize("seq", [1, 6, 40])
+@pytest.mark.parametrize("window", [1, 16, 100])
+def test_keys_before_the_window_have_no_influence(device, seq, window):
+    q = torch.randn(2, seq, 4, 64)
+    cache = random_cache(2, 2, 700, 64, 4, CPU)
+    lengths = ints(700, 450)
+    expected = attend(ops, device, q, cache, lengths, bits=4, window=window)
+    exact = all_at_once(q, cache, lengths, 4, 0.2, window=window)
+    torch.testing.assert_close(expected.cpu().double(), exact, rtol=0, atol=1e-5)
+    for scale in (cache[1], cache[4]):
+        for b, length in enumerate(lengths):
+            scale[b, :, : max(int(length) - seq + 1 - window, 0)] = torch.nan
+    assert torch.equal(attend(ops, device, q, cache, lengths, bits=4, window=window), expected)
+
+
+# Paged caches
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("module", "dim"),
+    [(reference, 80), *((ops, dim) for dim in (64, 80, 96, 128, 256))],
+    ids=lambda value: str(getattr(value, "__name__", value)),
+)
+@pytest.mark.parametrize("seq", [1, 6, 40])
+def test_a_paged_cache_equals_one_that_is_not(module, device, seq, dim, dtype, bits):
+    lengths, capacity = ints(331, 97, 0), 336
+    q = torch.randn(3, seq, 4, dim).to(dtype)
+    cache = random_cache(3, 2, capacity, dim, bits, CPU)
+    mask = torch.rand(3, 1, seq, capacity) < 0.7
+    for size in (16, 48, 336):
+        blocks, table = paged(cache, size, lengths)
+        for options in ({}, {"mask": mask}, {"window": 50}):
+            expected = attend(module, device, q, cache, lengths, bits=bits, **options)
+            options = options | {"bits": bits, "block_table": table}
+            assert torch.equal(attend(module, device, q, blocks, lengths, **options), expected)
+
+
+def test_rows_may_share_blocks(device):
+    q = torch.randn(2, 1, 4, 64)
+    q[1] = q[0]
+    cache = random_cache(5, 2, 32, 64, 4, CPU)
+    table = torch.tensor([[3, 0], [3, 0]], dtype=torch.int32)
+    out = attend(ops, device, q, cache, ints(40, 40), bits=4, block_table=table)
+    assert torch.equal(out[0], out[1])
+
+
+@both_modules
+@pytest.mark.parametrize("block", [-1, 4, 2**31 - 1])
+def test_refuses_blocks_that_there_are_not(module, block):
+    cache = random_cache(4, 2, 16, 64, 4, CPU)
+    table = torch.tensor([[0, 2, 9], [1, block, 9]], dtype=torch.int32)
+    q = torch.randn(2, 1, 4, 64)
+    attend(module, CPU, q, cache, ints(32, 16), bits=4, block_table=table)
+    with pytest.raises(RuntimeError, match=rf"block_table\[1, 1\] .*between 0 and 3.*{block}"):
+        attend(module, CPU, q, cache, ints(32, 17), bits=4, block_table=table)
+
+
+@both_modules
+@pytest.mark.parametrize(
+    ("table", "size", "message"),
+    [
+        (torch.zeros(2, 3), 16, "block_table.*int32"),
+        (torch.zeros(2, 3, dtype=torch.int64), 16, "block_table.*int32"),
+        (torch.zeros(3, 3, dtype=torch.int32), 16, r"block_table.*\[2"),
+        (torch.zeros(6, dtype=torch.int32), 16, r"block_table.*\[2"),
+        (torch.zeros(2, 3, dtype=torch.int32), 24, "k_codes.*multiple of 16"),
+        (torch.zeros(2, 0, dtype=torch.int32), 16, r"lengths\[0\].*capacity 0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_refuses_other_tables(module, table, size, message):
+    cache = random_cache(4, 2, size, 64, 4, CPU)
+    with pytest.raises(RuntimeError, match=message):
+        attend(module, CPU, torch.randn(2, 1, 4, 64), cache, ints(5, 9), bits=4, block_table=table)
 
 
 def test_masked_keys_have_no_influence(device):
@@ -281,7 +387,8 @@ NAMES = ["q", "k_codes", "k_scale", "k_zero", "v_codes", "v_scale", "v_zero", "l
 def good(device="cpu"):
     tensors = (torch.randn(2, 3, 4, 64), *random_cache(2, 2, 8, 64, 4, CPU), ints(8, 5))
     named = zip(NAMES, (t.to(device) for t in tensors), strict=True)
-    return {**dict(named), "mask": None, "bits": 4, "scale": 0.2}
+    options = {"mask": None, "bits": 4, "scale": 0.2, "length": None, "window": None}
+    return {**dict(named), **options, "block_table": None}
 
 
 def booleans(*shape):
@@ -314,6 +421,7 @@ def booleans(*shape):
         ({"mask": booleans(1, 1, 3, 8)}, "mask"),
         ({"mask": booleans(2, 1, 3, 7)}, "mask.*at least 8"),
         ({"bits": 16}, "bits.*16"),
+        ({"window": 0}, "window .*at least 1.*0"),
         ({"length": 9}, "length .*capacity 8.*9"),
         ({"length": 8}, r"length .*lengths\[1\] = 5.*8"),
     ],
@@ -338,7 +446,10 @@ def test_opcheck(device):
     arguments = good(device)
     torch.library.opcheck(op, tuple(arguments.values()))
     mask = booleans(2, 1, 3, 8).to(device)
-    torch.library.opcheck(op, tuple((arguments | {"mask": mask}).values()))
+    torch.library.opcheck(op, tuple((arguments | {"mask": mask, "window": 3}).values()))
+    blocks, table = paged(random_cache(2, 2, 32, 64, 4, device), 16, arguments["lengths"])
+    arguments |= dict(zip(NAMES[1:7], blocks, strict=True)) | {"block_table": table}
+    torch.library.opcheck(op, tuple(arguments.values()))
 
 
 def test_compiles_into_one_graph(device):
@@ -423,6 +534,37 @@ def test_cuda_whole_rows(seq, capacity, dtype):
         in_torch = torch_attention(q, cache, length, 4, 0.1)
         assert_accurate(actual, in_torch, exact)
         assert_accurate(unknown, in_torch, exact)
+
+
+@on_cuda
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("window", [1, 100, 1000])
+@pytest.mark.parametrize("seq", [1, 4, 40, 700])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "bits", "dtype", "masked"), CASES[::2])
+def test_cuda_window(heads, kv_heads, dim, bits, dtype, masked, seq, window, known):
+    """Ragged rows, and prefill that takes some of its queries at a time."""
+    q, cache = on_gpu(3, seq, heads, kv_heads, dim, 1500, bits, dtype)
+    lengths = (ints(1400, 1400, 1400) if known else ints(1500, 900, 3)).to(CUDA)
+    mask = random_mask(masked, 3, heads, seq, 1500)
+    options = {"bits": bits, "scale": dim**-0.5, "window": window}
+    actual = ops.attention(q, *cache, lengths, mask, **options, length=1400 if known else None)
+    exact = all_at_once(q, cache, lengths, bits, dim**-0.5, mask, window)
+    in_torch = torch_attention(q, cache, lengths, bits, dim**-0.5, mask, window)
+    assert_accurate(actual, in_torch, exact)
+
+
+@on_cuda
+@pytest.mark.parametrize("seq", [1, 40])
+def test_cuda_keys_in_no_block_are_nan(seq):
+    """The host does not know the table there; and what a window leaves out is not asked for."""
+    q, cache = on_gpu(2, seq, 8, 2, 128, 640, 4)
+    lengths = ints(600, 500).to(CUDA)
+    blocks, table = paged(cache, 64, lengths)
+    options = {"bits": 4, "scale": 0.1, "block_table": table}
+    expected = ops.attention(q, *blocks, lengths, window=100, **options)
+    table[1, 1], table[0, 0] = -1, blocks[0].shape[0]
+    assert ops.attention(q, *blocks, lengths, **options).isnan().all()
+    assert torch.equal(ops.attention(q, *blocks, lengths, window=100, **options), expected)
 
 
 @on_cuda

@@ -5,7 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import NO_CUDA, assert_accurate, cache_values, dense_hadamard, poisoned, random_cache
+from helpers import (
+    NO_CUDA,
+    assert_accurate,
+    cache_values,
+    dense_hadamard,
+    paged,
+    poisoned,
+    random_cache,
+)
 from quarot import hadamard, ops
 from quarot.ops import reference
 
@@ -270,6 +278,48 @@ def test_never_writes_outside_the_capacity(start):
             check()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("module", "dim"),
+    [(reference, 80), *((ops, dim) for dim in (32, 64, 80, 96, 128, 256))],
+    ids=lambda value: str(getattr(value, "__name__", value)),
+)
+def test_a_paged_cache_equals_one_that_is_not(module, device, dim, bits):
+    tensors = inputs(3, 21, 4, 2, dim, dtype=torch.bfloat16)
+    cache = random_cache(3, 2, 96, dim, bits, torch.device("cpu"))
+    start = starts(0, 75, 33)
+    options = {"bits": bits, "size": 16}
+    q, expected = append(module, device, tensors, cache, start, **options)
+    for size in (16, 48):
+        # No entry is -7 here: nothing is beyond a length.
+        blocks, table = paged(cache, size, starts(96, 96, 96))
+        q_paged, actual = append(
+            module, device, tensors, blocks, start, **options, block_table=table.to(device)
+        )
+        assert torch.equal(q, q_paged)
+        others = torch.ones(blocks[0].shape[0], dtype=torch.bool)
+        others[table.flatten().long()] = False
+        for a, e, before in zip(actual, expected, blocks, strict=True):
+            gathered = a[table.long()].transpose(1, 2).flatten(2, 3)
+            assert torch.equal(gathered.nan_to_num(0), e.nan_to_num(0))
+            before, a = (x[others].view(torch.uint8) for x in (before, a))
+            assert torch.equal(a, before)
+
+
+@both_modules
+@pytest.mark.parametrize("block", [-1, 4, 2**31 - 1])
+def test_refuses_blocks_that_there_are_not(module, block):
+    cache = random_cache(4, 2, 16, 32, 4, torch.device("cpu"))
+    table = torch.tensor([[0, 2, 9], [1, block, 9]], dtype=torch.int32)
+    tensors = inputs(2, 3, 4, 2, 32)
+    options = {"bits": 4, "block_table": table}
+    append(module, "cpu", tensors, cache, starts(29, 13), **options)
+    with pytest.raises(RuntimeError, match=rf"block_table\[1, 1\] .*between 0 and 3.*{block}"):
+        append(module, "cpu", tensors, cache, starts(29, 14), **options)
+    with pytest.raises(RuntimeError, match="start.*capacity.*48"):
+        append(module, "cpu", tensors, cache, starts(46, 0), **options)
+
+
 NAMES = ["q", "k", "v", "cos", "sin"]
 NAMES += ["k_codes", "k_scale", "k_zero", "v_codes", "v_scale", "v_zero", "start"]
 
@@ -331,7 +381,13 @@ def test_opcheck(device):
     options = [arguments.pop(n) for n in ("bits", "size", "k_clip", "v_clip")]
     torch.library.opcheck(
         torch.ops.quarot.rope_hadamard_kv_append.default,
-        (*arguments.values(), options[0], options[1], None, *options[2:]),
+        (*arguments.values(), options[0], options[1], None, *options[2:], None),
+    )
+    arguments |= dict(zip(NAMES[5:11], random_cache(4, 2, 16, 32, 4, device), strict=True))
+    table = torch.tensor([[2], [0]], dtype=torch.int32, device=device)
+    torch.library.opcheck(
+        torch.ops.quarot.rope_hadamard_kv_append.default,
+        (*arguments.values(), options[0], options[1], None, *options[2:], table),
     )
 
 
@@ -389,6 +445,29 @@ def test_cuda_leaves_out_what_lies_outside_the_capacity(device, start):
     ops.rope_hadamard_kv_append(*tensors, *longer, starts(*inside).to(device), bits=4)
     for tensor, original, long, check in zip(guarded, cache, longer, checks, strict=True):
         assert torch.equal(tensor, long[:, :, 4:8])
+        tensor.copy_(original)
+        check()  # only the surroundings are left to differ
+
+
+@on_cuda
+@pytest.mark.parametrize("dim", [32, 80])
+def test_cuda_leaves_out_blocks_that_there_are_not(device, dim):
+    """The host does not know the table there."""
+    needs_kernel(device)
+    tensors = [t.to(device) for t in inputs(2, 20, 2, 2, dim)]
+    cache = random_cache(3, 2, 16, dim, 4, device)
+    guarded, checks = zip(*(poisoned(t) for t in cache), strict=True)
+    before = [t.clone() for t in guarded]
+    start = starts(3, 0).to(device)
+    for table in ([[0, 1], [-1, 3]], [[0, 1], [2**31 - 1, -(2**31)]]):
+        table = torch.tensor(table, dtype=torch.int32, device=device)
+        ops.rope_hadamard_kv_append(*tensors, *guarded, start, bits=4, block_table=table)
+    whole = torch.tensor([[0, 1]], dtype=torch.int32, device=device)
+    one = [t[:1] for t in tensors]
+    ops.rope_hadamard_kv_append(*one, *cache, start[:1], bits=4, block_table=whole)
+    for actual, expected in zip(guarded, cache, strict=True):
+        assert torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
+    for tensor, original, check in zip(guarded, before, checks, strict=True):
         tensor.copy_(original)
         check()  # only the surroundings are left to differ
 

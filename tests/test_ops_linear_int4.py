@@ -122,6 +122,44 @@ def test_every_kernel(m, n, k, group):
         assert torch.equal(actual.cpu(), expected.to(dtype))
 
 
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("residual_dtype", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [
+        (17, 4096, 2048),  # few tiles: each a part of k for several blocks
+        (40, 768, 1120),
+        (64, 5120, 1024),
+        (100, 1544, 2048),
+        (128, 4096, 4096),
+        (256, 1280, 8192),
+        (1024, 5120, 2048),  # tiles of the last wave in two parts
+        (1100, 5128, 96),
+        (2048, 5120, 2080),
+        (700, 4104, 160),  # more tiles than processors, whole
+    ],
+)
+def test_divisions_of_the_work(device, m, n, k, residual_dtype):
+    """However tiles and parts of k fall to the blocks, each sum is whole."""
+    generator = torch.Generator(device).manual_seed(m)
+    x_q = torch.randint(-128, 128, (m, k), device=device, generator=generator).to(torch.int8)
+    w = torch.randint(-8, 8, (n, k), device=device, generator=generator).to(torch.int8)
+    x_scale, w_scale = (torch.rand(i, device=device, generator=generator) for i in (m, n))
+    residual = None
+    if residual_dtype is not None:
+        residual = torch.randn(m, n, device=device, generator=generator).to(residual_dtype)
+    acc = (x_q.double() @ w.double().T).float()  # float64 holds the sums exactly
+    expected = (acc * x_scale[:, None]) * w_scale
+    if residual is not None:
+        expected = expected + residual.float()
+    packed = ops.prepack_int4(ops.pack_int4(w))
+    for dtype in (torch.bfloat16, torch.float32):
+        actual = ops.linear_int4(
+            x_q, x_scale, None, packed, w_scale[:, None], None, None, residual, out_dtype=dtype
+        )
+        assert torch.equal(actual, expected.to(dtype))
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0, 3)])
 def test_leading_dimensions(device, shape):
     rows = int(torch.Size(shape).numel())

@@ -489,6 +489,8 @@ Q = torch.zeros(2, 64, dtype=torch.int8)
         (lambda f: f.pack_int4(X), "q.*int8"),
         (lambda f: f.unpack_int4(Q), "packed.*uint8"),
         (lambda f: f.hadamard_quantize(X, 24), "size.*24"),
+        (lambda f: f.hadamard_quantize(torch.zeros(2, 188), 188), "188"),
+        (lambda f: f.head_hadamard_quantize(torch.zeros(2, 9, 64), 9), "9"),
         (lambda f: f.hadamard_quantize(X.long()), "x.*int64"),
         (lambda f: f.rmsnorm_quantize(X, torch.ones(63)), "weight.*63"),
         (lambda f: f.rmsnorm_quantize(X, torch.ones(64).int()), "weight.*int32"),
@@ -696,6 +698,53 @@ def test_rmsnorm_quantize_rows_of_all_lengths(device, dtype, n, group):
         assert_codes_agree(*like_the_cpu(op, x, device, group=group, bits=8))
 
 
+# (heads, size, head_dim, group): 1 to 4, 6 and 8 tiles of 16 heads, some not full; more; columns
+# that do not fill a warp's; blocks of heads; groups of a part of a head, of one, of several.
+HEADS = [(h, h, 128, 0) for h in (2, 12, 28, 32, 40, 48, 64, 72, 96, 128, 136)]
+HEADS += [(32, 32, 64, 64), (40, 40, 128, 128), (8, 8, 256, 32), (36, 36, 80, 0), (24, 24, 96, 384)]
+HEADS += [(14, 2, 64, 0), (14, 2, 64, 64), (28, 28, 8, 0), (4, 4, 1024, 0), (48, 48, 112, 48)]
+
+
+@on_cuda
+@each_dtype
+@pytest.mark.parametrize(("heads", "size", "dim", "group"), HEADS)
+def test_head_hadamard_quantize_of_all_head_counts(device, dtype, heads, size, dim, group):
+    buffer = torch.randn(9, heads * dim + 8).to(dtype)
+    buffer[2, 5], buffer[3], buffer[4, -9] = torch.nan, 0, torch.inf
+    options = {"heads": size, "group": group, "clip": 0.9}
+    for offset, rows in ((0, 7), (8, 9), (1, 5)):  # dense or not, the last one not aligned
+        x = buffer[:rows, offset : offset + heads * dim].unflatten(1, (heads, dim))
+        for bits, symmetric, packed in ((4, True, True), (4, False, False), (8, True, False)):
+            kind = {"bits": bits, "symmetric": symmetric, "packed": packed}
+            actual, expected = like_the_cpu(
+                ops.head_hadamard_quantize, x, device, **kind, **options
+            )
+            if packed:
+                actual, expected = (
+                    (ops.unpack_int4(codes), *rest) for codes, *rest in (actual, expected)
+                )
+            assert_codes_agree(actual, expected)
+
+
+@on_cuda
+def test_head_hadamard_quantize_of_many_rows(device):
+    """More rows than blocks: each works on several."""
+    x = torch.randn(5003, 32, 64, dtype=torch.bfloat16)
+    for group in (0, 128):
+        assert_codes_agree(*like_the_cpu(ops.head_hadamard_quantize, x, device, group=group))
+
+
+@on_cuda
+def test_rmsnorm_quantize_of_many_rows(device):
+    """More rows than few: a thread holds more of a row."""
+    weight = torch.rand(1024) + 0.5
+    x = torch.randn(5003, 1024, dtype=torch.bfloat16)
+    x[7] *= 2.0**-60  # a sum of squares that loses bits
+    for group in (0, 64):
+        actual = ops.rmsnorm_quantize(x.to(device), weight.to(device), group=group)
+        assert_codes_agree(actual, ops.rmsnorm_quantize(x, weight, group=group))
+
+
 def test_rmsnorm_quantize_of_extreme_rows(device):
     """Sums of squares that overflow, and values whose squares underflow."""
     x = torch.randn(4, 512)
@@ -756,9 +805,7 @@ def test_writes_nothing_beside_its_outputs(device, name):
 
 
 @on_cuda
-@pytest.mark.parametrize(
-    "name", ["quantize", "hadamard_quantize", "rmsnorm_quantize", "glu_hadamard_quantize"]
-)
+@pytest.mark.parametrize("name", [name for name in ON_CUDA if name.endswith("quantize")])
 def test_reads_strided_rows_in_place(device, name):
     needs_kernel(name, device)
     x = torch.randn(256, 8192 + 64, device=device)[:, 32 : 32 + 8192]

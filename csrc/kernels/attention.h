@@ -1,6 +1,7 @@
 // attention: softmax(scale * q k^T + mask) v over the quantized cache of kv_cache.h, in fp32.
-// Query s of the seq new ones sees the keys j <= lengths[b] - seq + s that the mask allows. A query
-// that sees none gets zeros. Query head h reads the cache's head h / (heads / kv_heads).
+// Query s of the seq new ones is token p = lengths[b] - seq + s; it sees the keys j <= p, j > p -
+// window, that the mask allows. A query that sees none gets zeros. Query head h reads the cache's
+// head h / (heads / kv_heads).
 #pragma once
 
 #include <cstdint>
@@ -36,15 +37,18 @@ struct AttentionArgs {
   int64_t kv_heads;
   int64_t head_dim;  // a multiple of 8, at most kMaxHeadDim
   int64_t capacity;
-  int bits;     // 4 or 8
-  float scale;  // of the scores, usually 1 / sqrt(head_dim)
+  int bits;        // 4 or 8
+  float scale;     // of the scores, usually 1 / sqrt(head_dim)
+  int64_t window;  // in [1, kNoWindow]
+  Pages pages;
 };
+/// A window beyond any length, with which sums still fit 32 bits.
+inline constexpr int64_t kNoWindow = int64_t{1} << 30;
 
 namespace cpu {
 
 /// Floats of workspace that a call needs. `longest` = max(lengths).
-int64_t attention_workspace(int64_t batch, int64_t seq, int64_t heads, int64_t kv_heads,
-                            int64_t head_dim, int64_t longest);
+int64_t attention_workspace(const AttentionArgs& args, int64_t longest);
 
 void attention(const AttentionArgs& args, const Executor& executor);
 
@@ -63,22 +67,28 @@ void attention(const AttentionArgs& args, Stream stream);
 
 // ---- Many queries: what torch's attention needs -------------------------------------------------
 
-/// Some (sequence, cache head) pairs of a cache as 16- or 32-bit keys and values. Tokens beyond a
-/// length become zeros. A token whose value has a scale that is not finite: value 0, key NaN.
+/// Some tokens of some (sequence, cache head) pairs of a cache as 16- or 32-bit keys and values.
+/// Tokens beyond a length become zeros. A broken token, one whose key or value has a scale that is
+/// not finite: value 0 and key NaN, or both 0 where `broken` is there to say so.
 struct DequantizeKvArgs {
-  void* keys;    // [pairs, tokens, head_dim] dtype
-  void* values;  // the same
+  void* keys;           // [pairs, tokens, head_dim] dtype
+  void* values;         // the same
+  bool* broken;         // [pairs, tokens], or null
+  int32_t* any_broken;  // [pairs], zeros before the call; null with `broken`
   KvCacheView k;
   KvCacheView v;
-  const int32_t* lengths;  // [batch], or null: all tokens are there
+  const int32_t* lengths;  // [batch], or null: `length`
   DType dtype;
+  int64_t length;
   int64_t first;  // pair: sequence * kv_heads + head
   int64_t pairs;
-  int64_t tokens;  // at most capacity
+  int64_t tokens;
+  int64_t start;  // the first one is token max(lengths[b] + start, 0) of the sequence
   int64_t kv_heads;
   int64_t head_dim;  // a multiple of 8
   int64_t capacity;
   int bits;
+  Pages pages;
 };
 void dequantize_kv(const DequantizeKvArgs& args, Stream stream);
 
@@ -87,7 +97,8 @@ struct VisibleArgs {
   bool* visible;           // [batch, heads, seq, keys]
   bool* any;               // [batch, heads, seq]: the query sees a key
   const int32_t* lengths;  // [batch], or null: `length`
-  const bool* mask;        // [batch, heads, seq, keys] or null
+  const bool* mask;        // [batch, heads, seq, mask_keys] or null
+  int64_t mask_keys;
   int64_t mask_batch_stride;
   int64_t mask_head_stride;
   int64_t mask_seq_stride;
@@ -96,17 +107,24 @@ struct VisibleArgs {
   int64_t heads;  // of the mask; 1: the same for all
   int64_t seq;
   int64_t keys;
+  int64_t start;   // key j is token max(lengths[b] + start, 0) + j
   int64_t offset;  // query s is token lengths[b] + offset + s
+  int64_t window;
 };
 void visible_keys(const VisibleArgs& args, Stream stream);
 
-/// Zeros the queries of out [batch, seq, heads, head_dim] (with strides in elements, the last
-/// dimension dense) that see no key.
-struct ZeroUnseenArgs {
+/// Makes zeros of the queries of out [batch, seq, heads, head_dim] (with strides in elements, the
+/// last dimension dense) that see no key, and NaN of those that see a broken one. heads: one of
+/// each cache head's.
+struct MendArgs {
   void* out;
   DType dtype;
-  const bool* any;  // [batch, mask_heads, seq]
+  const bool* any;            // [batch, mask_heads, seq]
+  const bool* visible;        // [batch, mask_heads, seq, keys]
+  const bool* broken;         // [batch, heads, keys]
+  const int32_t* any_broken;  // [batch, heads]
   int64_t mask_heads;
+  int64_t keys;
   int64_t batch;
   int64_t seq;
   int64_t heads;
@@ -115,7 +133,7 @@ struct ZeroUnseenArgs {
   int64_t seq_stride;
   int64_t head_stride;
 };
-void zero_unseen(const ZeroUnseenArgs& args, Stream stream);
+void mend_rows(const MendArgs& args, Stream stream);
 
 }  // namespace cuda
 }  // namespace quarot

@@ -19,6 +19,33 @@
 
 namespace quarot {
 
+/// A cache in blocks of `size` tokens, for which batch and capacity of a cache's parts below become
+/// blocks and size: tokens [i * size, (i + 1) * size) of sequence b stand in block table[b][i].
+struct Pages {
+  const int32_t* table;  // [batch, columns], or null: a sequence's tokens stand together
+  int64_t columns;       // a sequence's capacity is columns * size
+  int64_t blocks;
+  int64_t size;
+};
+/// `size` is a multiple of this, so that kernels take so many tokens at a time.
+inline constexpr int64_t kPageMultiple = 16;
+
+/// Where a token's vectors stand: in slot `first` + head * `apart` of the cache's parts.
+struct TokenPlace {
+  int64_t first;  // or -1: the table names a block that there is not
+  int64_t apart;
+};
+[[gnu::always_inline]] inline constexpr TokenPlace place_of(const Pages& pages, int64_t kv_heads,
+                                                            int64_t capacity, int64_t b,
+                                                            int64_t token) {
+  if (pages.table == nullptr) return {b * kv_heads * capacity + token, capacity};
+  // 32 bits: a division of 64 is slow on a GPU.
+  const auto size = static_cast<uint32_t>(pages.size), at = static_cast<uint32_t>(token);
+  const int64_t block = pages.table[b * pages.columns + at / size];
+  if (block < 0 || block >= pages.blocks) return {-1, 0};
+  return {block * kv_heads * pages.size + at % size, pages.size};
+}
+
 /// One of the two caches of a layer. All parts are contiguous.
 struct KvCache {
   uint8_t* codes;   // [batch, kv_heads, capacity, head_dim * bits / 8]; 4 bits: even low
@@ -59,6 +86,7 @@ struct KvAppendArgs {
   int bits;                     // 4 or 8
   float k_clip;
   float v_clip;
+  Pages pages;
 };
 
 /// A head dimension's bound, so that a head fits a thread's scratch on every device.
@@ -68,13 +96,17 @@ inline constexpr int64_t kHeadDimMultiple = 8;
 
 namespace cpu {
 
+/// Throws unless the table names blocks that there are for tokens [0, tokens) of sequence b.
+void check_pages(const char* op, const Pages& pages, int64_t b, int64_t tokens);
+
 /// Throws before anything is written if a sequence would not fit: start[b] + seq > capacity.
 void rope_hadamard_kv_append(const KvAppendArgs& args, const Executor& executor);
 
 }  // namespace cpu
 namespace cuda {
 
-/// A sequence that would not fit is written as far as it fits: `start` is not read by the host.
+/// A sequence that would not fit is written as far as it fits, and nothing into blocks that there
+/// are not: `start` and the block table are not read by the host.
 void rope_hadamard_kv_append(const KvAppendArgs& args, Stream stream);
 
 }  // namespace cuda

@@ -38,21 +38,19 @@ inline constexpr int64_t kLinearInt4KMultiple = 32;
 namespace cpu {
 
 // The CPU's weight layout, [ceil(n / 16), k / 8, 16, 4] bytes: blocks of 16 output channels; in a
-// block, for each 8 columns, one little-endian 32-bit word a channel. Nibble s of the word's low
-// half is the code of column 2s, nibble s of its high half that of column 2s + 1:
-//
-//     bits   31..28 27..24 23..20 19..16 | 15..12 11..8  7..4   3..0
-//     column      7      5      3      1 |      6     4     2      0
-//
-// so that two shifts of 16-bit lanes make of a word the pair of int16 (column 2s, column 2s + 1)
-// which a multiply-add of pairs (pmaddwd) takes: 16 channels are 16 lanes of int32 sums, and
-// nothing is shuffled. Channels beyond n are zeros.
+// block, for each 8 columns, four bytes a channel. Byte b holds column b in its low nibble and
+// column 4 + b in its high one, as unsigned code + 8. So 64 bytes and a mask, or a shift and a
+// mask, are 16 channels x 4 columns of bytes for instructions that multiply unsigned by signed ones
+// and add four products a lane (vpdpbusd): 16 channels are 16 lanes of int32 sums, and nothing is
+// shuffled. Channels beyond n are zeros.
 
 inline constexpr int64_t kLinearInt4Channels = 16;  // output channels of a block
 inline constexpr int64_t kLinearInt4Columns = 8;    // input channels of a word
 inline constexpr int64_t kLinearInt4WordBytes = 4;
+inline constexpr int kLinearInt4Offset = 8;  // what is added to the codes
 
-/// |acc| <= k * 128 * 8 for the sum, and as much again for the zero point, stays below 2^31.
+/// k * 128 * 15 for the sum of unsigned codes, and k * 128 * 8 twice for offset and zero point:
+/// |acc| stays below 2^31.
 inline constexpr int64_t kLinearInt4KMax = int64_t{1} << 19;
 /// A group covers whole words of the weight layout (quantize offers 32, 64, 128, 256).
 inline constexpr int64_t kLinearInt4GroupMultiple = 8;

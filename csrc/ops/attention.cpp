@@ -1,6 +1,8 @@
 // quarot::attention: on CUDA few queries go to the kernel, many to attention_prefill.h. Above 150
-// lines: twelve arguments to check.
+// lines: fourteen arguments to check.
 #include "kernels/attention.h"
+
+#include <algorithm>
 
 #include "ops/attention_prefill.h"
 #include "ops/cache_args.h"
@@ -29,20 +31,19 @@ int64_t longest_of(const Tensor& lengths, int64_t capacity, std::optional<int64_
 struct Call {
   AttentionArgs args{};
   Tensor queries, lengths;
-  OptionalTensor mask;
+  OptionalTensor mask, table;
   int64_t longest = 0;  // of lengths; on CUDA `length`, or 0: lengths are only on the device
 };
 
 Call checked(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale, const Tensor& k_zero,
              const Tensor& v_codes, const Tensor& v_scale, const Tensor& v_zero,
              const Tensor& lengths, const OptionalTensor& mask, int64_t bits, double scale,
-             std::optional<int64_t> length) {
+             std::optional<int64_t> length, std::optional<int64_t> window,
+             const OptionalTensor& block_table) {
   const CacheShape shape = cache_shape(k_codes, bits, kOp, "k_codes");
   QUAROT_REQUIRE(q.dim() == 4, kOp, "q must be [batch, seq, heads, head_dim]; got ", describe(q));
   const int64_t batch = q.size(0), seq = q.size(1), heads = q.size(2), head_dim = q.size(3);
-  QUAROT_REQUIRE(shape.batch == batch && shape.head_dim == head_dim, kOp, "k_codes must belong to ",
-                 batch, " sequence(s) and head_dim ", head_dim, " as q ", describe(q),
-                 " does; got ", describe(k_codes), " of ", bits, " bits");
+  const Placement placement = placement_of(block_table, shape, batch, k_codes, bits, q, kOp);
   QUAROT_REQUIRE(shape.kv_heads > 0 && heads % shape.kv_heads == 0, kOp,
                  "q must have a multiple of the cache's ", shape.kv_heads, " heads; got ",
                  describe(q));
@@ -53,12 +54,14 @@ Call checked(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale, cons
   require_cache(k_codes, k_scale, k_zero, shape, bits, q, kOp, {"k_codes", "k_scale", "k_zero"});
   require_cache(v_codes, v_scale, v_zero, shape, bits, q, kOp, {"v_codes", "v_scale", "v_zero"});
   call.lengths = require_dense(lengths, ScalarType::Int, {batch}, q, kOp, "lengths", "q");
-  QUAROT_REQUIRE(!length.has_value() || (*length >= 0 && *length <= shape.capacity), kOp,
-                 "length must be between 0 and the capacity ", shape.capacity, "; got ",
+  QUAROT_REQUIRE(!length.has_value() || (*length >= 0 && *length <= placement.capacity), kOp,
+                 "length must be between 0 and the capacity ", placement.capacity, "; got ",
                  length.value_or(0));
+  QUAROT_REQUIRE(!window.has_value() || *window > 0, kOp, "window must be at least 1; got ",
+                 window.value_or(0));
   // On CUDA the kernels bound what they read.
   call.longest =
-      q.is_cuda() ? length.value_or(0) : longest_of(call.lengths, shape.capacity, length);
+      q.is_cuda() ? length.value_or(0) : longest_of(call.lengths, placement.capacity, length);
 
   if (mask.has_value()) {
     require_dtype(*mask, ScalarType::Bool, kOp, "mask");
@@ -86,9 +89,12 @@ Call checked(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale, cons
   args.heads = heads;
   args.kv_heads = shape.kv_heads;
   args.head_dim = head_dim;
-  args.capacity = shape.capacity;
+  args.capacity = placement.capacity;
   args.bits = static_cast<int>(bits);
   args.scale = static_cast<float>(scale);
+  args.window = std::min(window.value_or(kNoWindow), kNoWindow);
+  args.pages = placement.pages;
+  call.table = placement.table;
   return call;
 }
 
@@ -97,14 +103,14 @@ Tensor new_out(const Tensor& q) { return new_tensor(q, sizes_of(q), q.scalar_typ
 Tensor attention_cpu(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale,
                      const Tensor& k_zero, const Tensor& v_codes, const Tensor& v_scale,
                      const Tensor& v_zero, const Tensor& lengths, OptionalTensor mask, int64_t bits,
-                     double scale, std::optional<int64_t> length) {
+                     double scale, std::optional<int64_t> length, std::optional<int64_t> window,
+                     OptionalTensor block_table) {
   Call call = checked(q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, lengths, mask, bits,
-                      scale, length);
+                      scale, length, window, block_table);
   AttentionArgs& args = call.args;
   const Tensor out = new_out(q);
   if (q.numel() == 0) return out;
-  const int64_t floats = cpu::attention_workspace(args.batch, args.seq, args.heads, args.kv_heads,
-                                                  args.head_dim, call.longest);
+  const int64_t floats = cpu::attention_workspace(args, call.longest);
   const Tensor workspace = new_tensor(q, {floats}, ScalarType::Float);
   args.out = out.data_ptr();
   args.workspace = data<float>(workspace);
@@ -125,9 +131,10 @@ bool is_aligned(const Tensor& x) {
 Tensor attention_cuda(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale,
                       const Tensor& k_zero, const Tensor& v_codes, const Tensor& v_scale,
                       const Tensor& v_zero, const Tensor& lengths, OptionalTensor mask,
-                      int64_t bits, double scale, std::optional<int64_t> length) {
+                      int64_t bits, double scale, std::optional<int64_t> length,
+                      std::optional<int64_t> window, OptionalTensor block_table) {
   Call call = checked(q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, lengths, mask, bits,
-                      scale, length);
+                      scale, length, window, block_table);
   AttentionArgs& args = call.args;
   if (q.numel() == 0) return new_out(q);
   for (const auto& [codes, arg] : {std::pair{&k_codes, "k_codes"}, {&v_codes, "v_codes"}}) {

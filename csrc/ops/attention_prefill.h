@@ -2,10 +2,11 @@
 // some sequences, or some cache heads of one, with all their keys; so memory stays bounded and
 // every call has whole rows of scores.
 //
-// Where the caller knows that all sequences hold just the new tokens (`length` = seq, no mask), one
-// causal call does it. Else a mask says what each query sees, as lengths are only on the device,
-// and the heads of a group take turns: torch's kernels with a mask do not share keys among heads.
-// `length` is taken as true. Above 150 lines: one walk over tiles.
+// Where the caller knows that all sequences hold just the new tokens (`length` = seq, no mask, no
+// narrower window), one causal call does it. Else a mask says what each query sees, as lengths are
+// only on the device, and the heads of a group take turns: torch's kernels with a mask do not share
+// keys among heads. With a window some queries at a time take the keys of theirs, counted from the
+// end of each sequence. `length` is taken as true. Above 150 lines: one walk over tiles.
 #pragma once
 
 #include <algorithm>
@@ -21,6 +22,8 @@ namespace quarot::ops {
 /// written out.
 inline constexpr int64_t kKeysAndValuesBytes = int64_t{256} << 20;
 inline constexpr int64_t kVisibleBytes = int64_t{64} << 20;
+/// Queries that share keys, at least, if a window is narrow.
+inline constexpr int64_t kLeastQueries = 256;
 
 /// torch.nn.functional.scaled_dot_product_attention; all [batch, heads, tokens, head_dim].
 inline Tensor torch_attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -58,7 +61,14 @@ class Prefill {
       : q_(q), a_(a), length_(length), scale_(scale), scope_(q), group_(a.heads / a.kv_heads) {
     tokens_ = length.value_or(a.capacity);
     if (a.mask != nullptr && a.mask_keys < tokens_) tokens_ = a.mask_keys;
-    causal_ = a.mask == nullptr && length == a.seq;
+    windowed_ = a.window < tokens_;
+    causal_ = a.mask == nullptr && length == a.seq && !windowed_;
+    queries_ = a.seq;
+    if (windowed_) {
+      // As many queries as keys before them: half of the products are within the window.
+      queries_ = std::min(a.seq, std::max(a.window, kLeastQueries));
+      tokens_ = std::min(tokens_, a.window - 1 + queries_);
+    }
   }
 
   Tensor run() {
@@ -70,7 +80,10 @@ class Prefill {
     const int64_t batch = heads < a_.kv_heads ? 1 : std::min(most / a_.kv_heads, a_.batch);
     for (int64_t b = 0; b < a_.batch; b += batch) {
       for (int64_t h = 0; h < a_.kv_heads; h += heads) {
-        attend({b, std::min(batch, a_.batch - b), h, std::min(heads, a_.kv_heads - h)});
+        const Tile tile{b, std::min(batch, a_.batch - b), h, std::min(heads, a_.kv_heads - h)};
+        for (int64_t s = 0; s < a_.seq; s += queries_) {
+          attend(tile, s, std::min(s + queries_, a_.seq));
+        }
       }
     }
     return out_;
@@ -82,14 +95,25 @@ class Prefill {
     int64_t b, batch, h, heads;
   };
 
-  void attend(const Tile& t) {
+  /// Queries [first, end) of a tile.
+  void attend(const Tile& t, int64_t first, int64_t end) {
     const Sizes sizes{t.batch, t.heads, tokens_, a_.head_dim};
     const Tensor keys = new_tensor(q_, sizes, q_.scalar_type());
     const Tensor values = new_tensor(q_, sizes, q_.scalar_type());
+    OptionalTensor broken, any_broken;  // where a NaN key would reach queries that it is masked for
+    if (!causal_) {
+      broken = new_tensor(q_, {t.batch, t.heads, tokens_}, ScalarType::Bool);
+      any_broken = new_tensor(q_, {t.batch, t.heads}, ScalarType::Int);
+      torch::stable::zero_(*any_broken);
+    }
+    // The first key is the first that the first query sees.
+    const int64_t start = windowed_ ? first - a_.seq + 1 - a_.window : -kNoWindow;
     cuda::dequantize_kv(
-        {keys.data_ptr(), values.data_ptr(), a_.k, a_.v, length_.has_value() ? nullptr : a_.lengths,
-         a_.dtype, t.b * a_.kv_heads + t.h, t.batch * t.heads, tokens_, a_.kv_heads, a_.head_dim,
-         a_.capacity, a_.bits},
+        {keys.data_ptr(), values.data_ptr(), causal_ ? nullptr : data<bool>(*broken),
+         causal_ ? nullptr : data<int32_t>(*any_broken), a_.k, a_.v,
+         length_.has_value() ? nullptr : a_.lengths, a_.dtype, length_.value_or(0),
+         t.b * a_.kv_heads + t.h, t.batch * t.heads, tokens_, start, a_.kv_heads, a_.head_dim,
+         a_.capacity, a_.bits, a_.pages},
         scope_.stream());
     if (causal_ && a_.dtype != DType::f32) {  // torch's fp32 kernels do not share keys
       const int64_t heads = t.heads * group_;
@@ -105,21 +129,22 @@ class Prefill {
     const bool per_head = a_.mask != nullptr && a_.mask_head_stride != 0;
     const int64_t row_bytes = t.batch * (per_head ? t.heads : 1) * tokens_;
     const int64_t seq = causal_ ? a_.seq : std::max<int64_t>(kVisibleBytes / row_bytes, 1);
-    for (int64_t s = 0; s < a_.seq; s += seq) {
-      const int64_t count = std::min(seq, a_.seq - s);
+    for (int64_t s = first; s < end; s += seq) {
+      const int64_t count = std::min(seq, end - s);
       std::optional<Sight> sight;
       for (int64_t turn = 0; turn < group_; ++turn) {
         const int64_t head = t.h * group_ + turn;
         const Tensor out = part(out_, t, head, t.heads, group_, s, count);
-        if (!causal_ && (turn == 0 || per_head)) sight = see(t, head, s, count, per_head);
+        if (!causal_ && (turn == 0 || per_head)) sight = see(t, head, s, count, start, per_head);
         put(torch_attention(part(q_, t, head, t.heads, group_, s, count), keys, values,
                             causal_ ? std::nullopt : OptionalTensor(sight->visible), causal_,
                             scale_, false),
             out);
         if (causal_) continue;
-        cuda::zero_unseen(
-            {out.data_ptr(), a_.dtype, data<bool>(sight->any), sight->any.size(1), t.batch, count,
-             t.heads, a_.head_dim, out.stride(0), out.stride(2), out.stride(1)},
+        cuda::mend_rows(
+            {out.data_ptr(), a_.dtype, data<bool>(sight->any), data<bool>(sight->visible),
+             data<bool>(*broken), data<int32_t>(*any_broken), sight->any.size(1), tokens_, t.batch,
+             count, t.heads, a_.head_dim, out.stride(0), out.stride(2), out.stride(1)},
             scope_.stream());
       }
     }
@@ -130,7 +155,8 @@ class Prefill {
     Tensor visible;  // bool [tile's batch, tile's heads or 1, count, tokens]
     Tensor any;      // bool [tile's batch, tile's heads or 1, count]: sees a key
   };
-  Sight see(const Tile& t, int64_t head, int64_t s, int64_t count, bool per_head) const {
+  Sight see(const Tile& t, int64_t head, int64_t s, int64_t count, int64_t start,
+            bool per_head) const {
     const int64_t heads = per_head ? t.heads : 1;
     Sight sight{new_tensor(q_, {t.batch, heads, count, tokens_}, ScalarType::Bool),
                 new_tensor(q_, {t.batch, heads, count}, ScalarType::Bool)};
@@ -138,11 +164,12 @@ class Prefill {
     if (mask != nullptr) {
       mask += t.b * a_.mask_batch_stride + head * a_.mask_head_stride + s * a_.mask_seq_stride;
     }
-    cuda::visible_keys({data<bool>(sight.visible), data<bool>(sight.any),
-                        length_.has_value() ? nullptr : a_.lengths + t.b, mask,
-                        a_.mask_batch_stride, a_.mask_head_stride * group_, a_.mask_seq_stride,
-                        length_.value_or(0), t.batch, heads, count, tokens_, s - a_.seq},
-                       scope_.stream());
+    cuda::visible_keys(
+        {data<bool>(sight.visible), data<bool>(sight.any),
+         length_.has_value() ? nullptr : a_.lengths + t.b, mask, a_.mask_keys, a_.mask_batch_stride,
+         a_.mask_head_stride * group_, a_.mask_seq_stride, length_.value_or(0), t.batch, heads,
+         count, tokens_, start, s - a_.seq, a_.window},
+        scope_.stream());
     return sight;
   }
 
@@ -160,8 +187,10 @@ class Prefill {
   double scale_;
   CudaScope scope_;
   int64_t group_;
-  int64_t tokens_;  // keys of a sequence, those beyond its length included
-  bool causal_;     // is_causal says what a query sees
+  int64_t queries_;  // at a time
+  int64_t tokens_;   // keys for these of a sequence, those beyond its length included
+  bool windowed_;    // some keys may be too old
+  bool causal_;      // is_causal says what a query sees
   Tensor out_;
 };
 

@@ -6,7 +6,7 @@
 
 namespace quarot::ops {
 
-/// batch, kv_heads, capacity and head_dim of a cache.
+/// batch, kv_heads, capacity and head_dim of a cache; in a paged one blocks, and tokens of one.
 struct CacheShape {
   int64_t batch, kv_heads, capacity, head_dim;
 };
@@ -24,6 +24,35 @@ inline CacheShape cache_shape(const Tensor& codes, int64_t bits, const char* op,
       op, arg, ": head_dim must be a multiple of ", kHeadDimMultiple, ", at most ", kMaxHeadDim,
       "; got ", shape.head_dim);
   return shape;
+}
+
+/// Where the tokens of each sequence stand.
+struct Placement {
+  OptionalTensor table;  // what `pages` points to
+  Pages pages{};
+  int64_t capacity;  // of a sequence
+};
+
+/// Checks block_table, int32 [batch, columns], whose entries the CPU's kernels check; without one
+/// that the cache has `batch` sequences.
+inline Placement placement_of(const OptionalTensor& table, const CacheShape& shape, int64_t batch,
+                              const Tensor& codes, int64_t bits, const Tensor& q, const char* op) {
+  QUAROT_REQUIRE((table.has_value() || shape.batch == batch) && shape.head_dim == q.size(3), op,
+                 "k_codes must belong to ", batch, " sequence(s) and head_dim ", q.size(3),
+                 " as q ", describe(q), " does; got ", describe(codes), " of ", bits, " bits");
+  if (!table.has_value()) return {{}, {}, shape.capacity};
+  require_dtype(*table, ScalarType::Int, op, "block_table");
+  QUAROT_REQUIRE(table->dim() == 2 && table->size(0) == batch, op, "block_table must be [", batch,
+                 ", blocks of a sequence]; got ", describe(*table));
+  require_same_device(*table, q, op, "block_table", "q");
+  QUAROT_REQUIRE(shape.capacity > 0 && shape.capacity % kPageMultiple == 0, op,
+                 "k_codes: blocks must be of a multiple of ", kPageMultiple, " tokens; got ",
+                 describe(codes));
+  const Tensor dense = table->is_contiguous() ? *table : torch::stable::contiguous(*table);
+  const int64_t columns = table->size(1);
+  return {dense,
+          {data<const int32_t>(dense), columns, shape.batch, shape.capacity},
+          columns * shape.capacity};
 }
 
 /// Checks one cache tensor. It is read or written in place, so it is never copied: it must be

@@ -31,13 +31,12 @@ Tensor rope_hadamard_kv_append(const Tensor& q, const Tensor& k, const Tensor& v
                                const Tensor& sin, const Tensor& k_codes, const Tensor& k_scale,
                                const Tensor& k_zero, const Tensor& v_codes, const Tensor& v_scale,
                                const Tensor& v_zero, const Tensor& start, int64_t bits,
-                               int64_t size, OptionalTensor factor, double k_clip, double v_clip) {
+                               int64_t size, OptionalTensor factor, double k_clip, double v_clip,
+                               OptionalTensor block_table) {
   const CacheShape shape = cache_shape(k_codes, bits, kOp, "k_codes");
   QUAROT_REQUIRE(q.dim() == 4, kOp, "q must be [batch, seq, heads, head_dim]; got ", describe(q));
   const int64_t batch = q.size(0), seq = q.size(1), heads = q.size(2), head_dim = q.size(3);
-  QUAROT_REQUIRE(shape.batch == batch && shape.head_dim == head_dim, kOp, "k_codes must belong to ",
-                 batch, " sequence(s) and head_dim ", head_dim, " as q ", describe(q),
-                 " does; got ", describe(k_codes), " of ", bits, " bits");
+  const Placement placement = placement_of(block_table, shape, batch, k_codes, bits, q, kOp);
   const DType dtype = dtype_of(q.scalar_type(), kOp, "q");
   const Sizes kv_sizes{batch, seq, shape.kv_heads, head_dim};
   const Tensor queries = require_heads(q, q.scalar_type(), {batch, seq, heads, head_dim}, q, "q");
@@ -80,12 +79,13 @@ Tensor rope_hadamard_kv_append(const Tensor& q, const Tensor& k, const Tensor& v
                       heads,
                       shape.kv_heads,
                       head_dim,
-                      shape.capacity,
+                      placement.capacity,
                       cos.size(2),
                       cos.size(0) == 1 ? 0 : seq * cos.size(2),
                       static_cast<int>(bits),
                       static_cast<float>(k_clip),
-                      static_cast<float>(v_clip)});
+                      static_cast<float>(v_clip),
+                      placement.pages});
   return out;
 }
 

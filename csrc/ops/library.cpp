@@ -39,10 +39,10 @@ STABLE_TORCH_LIBRARY(quarot, m) {
       "rope_hadamard_kv_append(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, "
       "Tensor(a!) k_codes, Tensor(b!) k_scale, Tensor(c!) k_zero, Tensor(d!) v_codes, "
       "Tensor(e!) v_scale, Tensor(f!) v_zero, Tensor start, int bits, int size, "
-      "Tensor? factor, float k_clip, float v_clip) -> Tensor");
+      "Tensor? factor, float k_clip, float v_clip, Tensor? block_table) -> Tensor");
   m.def(
       "attention(Tensor q, Tensor k_codes, Tensor k_scale, Tensor k_zero, Tensor v_codes, "
       "Tensor v_scale, Tensor v_zero, Tensor lengths, Tensor? mask, int bits, "
-      "float scale, int? length=None) -> Tensor");
+      "float scale, int? length, int? window, Tensor? block_table) -> Tensor");
 }
 // clang-format on

@@ -12,9 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from quarot import ops
 from quarot.config import QuarotConfig
 from quarot.convert import convert
+from quarot.generate import generate
 from quarot.hf import load, load_model
 
-__all__ = ["QuarotConfig", "__version__", "convert", "load", "load_model", "ops"]
+__all__ = ["QuarotConfig", "__version__", "convert", "generate", "load", "load_model", "ops"]
 
 try:
     __version__ = version("quarot")

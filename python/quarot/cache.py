@@ -8,8 +8,11 @@ to do both, raises.
 Layout (DESIGN section 4), D = head_dim, one scale and zero a token and head:
     codes uint8 [batch, kv_heads, capacity, D * bits / 8]
     scale fp16, zero uint8 [batch, kv_heads, capacity]
-The length is the same for every row (padding is the mask's business) and is kept twice: as a Python
-int, so that capacity is checked without asking the device, and as int32 [batch] for the kernels.
+The length is the same for every row (padding is the mask's business). A layer keeps it as a Python
+int, so that capacity is checked without asking the device; the kernels read it from tensors that
+the layers of a cache share (`Lengths`).
+
+Over 300 lines: a good half is what transformers asks of a cache layer.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from quarot.ops import reference
 
 _STEP = 64
 """Tokens that a growing cache's capacity is a multiple of."""
+_GROWTH = 256
+"""Fewest tokens that a cache grows by: growing copies it, and a CUDA graph is captured anew."""
 
 _HEAD_DIM_MULTIPLE = 8
 _MAX_HEAD_DIM = 256
@@ -58,13 +63,49 @@ class CacheSpec:
             )
 
 
+class Lengths:
+    """The length before and after the tokens being appended, on the device.
+
+    The layers of a cache share one: the first layer of a step fills it, the others find it filled,
+    so that counting is one kernel a step and not one a layer. Its addresses stay while batch and
+    device do: a CUDA graph reads them.
+    """
+
+    recording = False
+    """Whether a CUDA graph is being captured, which will run at other lengths than the host's."""
+
+    def __init__(self) -> None:
+        self.start = self.end = torch.empty(0, dtype=torch.int32)
+        self._pair = self.start[None]
+        self._held: tuple[int, int] | None = None  # what the device holds, or will in stream order
+
+    def at(self, start: int, end: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return int32 [batch] tensors that are `start` and `end` everywhere."""
+        if self.start.shape[0] != batch or self.start.device != device:
+            with torch.inference_mode(False):  # text may go on outside of inference mode
+                self._pair = torch.empty(2, batch, dtype=torch.int32, device=device)
+                self.start, self.end = self._pair.unbind()
+            self._held = None
+        held = self._held
+        if held != (start, end):
+            self._held = None  # in case of an interrupt
+            if held is not None and start - held[0] == end - held[1]:
+                self._pair.add_(start - held[0])
+            else:
+                self.start.fill_(start)
+                self.end.fill_(end)
+            self._held = start, end
+        return self.start, self.end
+
+
 class QuantizedLayer(CacheLayerMixin):
     """Hold the quantized keys and values of one decoder layer.
 
     Args:
         spec: what a token's entry looks like.
+        lengths: those of the cache's other layers, or None for the first.
         max_cache_len: fixed capacity in tokens, or None to grow with the text: by half of the
-            capacity at least, so that appending costs a constant time a token on average.
+            capacity and 256 tokens at least, so that appending costs a constant time on average.
     """
 
     is_compileable = False  # the host-side length changes with every token
@@ -78,12 +119,15 @@ class QuantizedLayer(CacheLayerMixin):
     v_codes: Tensor
     v_scale: Tensor
     v_zero: Tensor
-    lengths: Tensor
     batch_size: int
 
-    def __init__(self, spec: CacheSpec, max_cache_len: int | None = None) -> None:
+    def __init__(
+        self, spec: CacheSpec, max_cache_len: int | None = None, lengths: Lengths | None = None
+    ) -> None:
         super().__init__()
         self.spec = spec
+        self.lengths = lengths or Lengths()
+        self.stamp = object()  # another one whenever the buffers are; copies get their own
         self.max_cache_len = max_cache_len
         self.length = 0
         self.capacity = 0
@@ -98,8 +142,16 @@ class QuantizedLayer(CacheLayerMixin):
         """k_codes, k_scale, k_zero, v_codes, v_scale, v_zero: the order of the ops' arguments."""
         return tuple(getattr(self, name) for name in _BUFFERS)
 
-    def reserve(self, batch: int, tokens: int, device: torch.device) -> None:
+    @property
+    def known_length(self) -> int | None:
+        """The length, where the host may tell it to a kernel: not in a CUDA graph."""
+        return None if self.lengths.recording else self.length
+
+    def reserve(self, batch: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Make room for `tokens` more tokens of each of `batch` rows.
+
+        Returns:
+            The lengths before and after them, int32 [batch], until another layer appends.
 
         Raises:
             ValueError: the capacity is fixed and too small, or the cache holds text of another
@@ -118,14 +170,13 @@ class QuantizedLayer(CacheLayerMixin):
                 f"{self.max_cache_len}"
             )
         fits = self.is_initialized and batch == self.batch_size and device == self.k_codes.device
-        if fits and needed <= self.capacity:
-            return
-        self._allocate(batch, self._next_capacity(needed), device)
+        if not fits or needed > self.capacity:
+            self._allocate(batch, self._next_capacity(needed), device)
+        return self.lengths.at(self.length, needed, batch, device)
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` tokens that were appended to the buffers."""
         self.length += tokens
-        self.lengths.add_(tokens)  # in place: the address may stand in a CUDA graph
 
     def dequantize(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the keys and the values stored, each [batch, kv_heads, length, head_dim]."""
@@ -138,7 +189,8 @@ class QuantizedLayer(CacheLayerMixin):
     def _next_capacity(self, needed: int) -> int:
         if self.max_cache_len is not None:
             return self.max_cache_len
-        grown = max(needed, self.capacity + self.capacity // 2) if self.length else needed
+        more = max(self.capacity // 2, _GROWTH)
+        grown = max(needed, self.capacity + more) if self.length else needed
         return -(-grown // _STEP) * _STEP
 
     def _allocate(self, batch: int, capacity: int, device: torch.device) -> None:
@@ -154,9 +206,8 @@ class QuantizedLayer(CacheLayerMixin):
             if self.length:
                 new[:, :, : self.length] = getattr(self, name)[:, :, : self.length]
             setattr(self, name, new)
-        with torch.inference_mode(False):
-            self.lengths = torch.full((batch,), self.length, dtype=torch.int32, device=device)
         self.batch_size, self.capacity, self.is_initialized = batch, capacity, True
+        self.stamp = object()
 
     # --- what transformers asks of a cache layer ------------------------------------------------
 
@@ -191,14 +242,10 @@ class QuantizedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget the text; a static cache keeps its buffers (and their addresses)."""
         self.length = 0
-        if not self.is_initialized:
-            return
-        if self.max_cache_len is None:
-            for name in (*_BUFFERS, "lengths", "batch_size"):
+        if self.is_initialized and self.max_cache_len is None:
+            for name in (*_BUFFERS, "batch_size"):
                 delattr(self, name)
             self.capacity, self.is_initialized = 0, False
-        else:
-            self.lengths.zero_()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens; the count is given as a negative number (or a 0-d tensor)."""
@@ -207,10 +254,7 @@ class QuantizedLayer(CacheLayerMixin):
             raise ValueError(
                 f"crop: got {count}, needs the number of tokens to remove as a negative number"
             )
-        count = min(-count, self.length)
-        if count:
-            self.length -= count
-            self.lengths.sub_(count)
+        self.length = max(self.length + count, 0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i the old row beam_idx[i]: only the tokens stored are copied, in place."""
@@ -235,10 +279,11 @@ class QuantizedLayer(CacheLayerMixin):
         if not self.length:
             return
         with torch.inference_mode(False):
-            for name in (*_BUFFERS, "lengths"):
+            for name in _BUFFERS:
                 buffer = getattr(self, name)
                 setattr(self, name, buffer[indices.to(buffer.device)])
-        self.batch_size = self.lengths.shape[0]
+        self.batch_size = self.k_codes.shape[0]
+        self.stamp = object()
 
     def offload(self) -> None:
         """Refuse: a quantized cache stays on its device."""
@@ -288,7 +333,8 @@ def adopt(cache: Cache, index: int, spec: CacheSpec) -> QuantizedLayer:
             f"past_key_values: layer {index} holds unquantized keys of another model; needs an "
             "empty cache or one that this model filled"
         )
-    static = isinstance(layer, StaticLayer)
-    adopted = QuantizedLayer(spec, layer.max_cache_len if static else None)
+    capacity = layer.max_cache_len if isinstance(layer, StaticLayer) else None
+    ours = (other.lengths for other in cache.layers if isinstance(other, QuantizedLayer))
+    adopted = QuantizedLayer(spec, capacity, next(ours, None))
     cache.layers[index] = adopted
     return adopted

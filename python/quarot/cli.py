@@ -1,4 +1,4 @@
-"""The command line: `quarot convert | eval | generate | info | demo`, one function a verb.
+"""The command line: `quarot convert | eval | generate | bench | info | demo`, a function a verb.
 
 stdout carries the result only (with `--json` exactly one object); logs and progress bars go to
 stderr. An error is one line on stderr, without a traceback: exit code 2 if the arguments are wrong
@@ -34,7 +34,7 @@ from rich.table import Table
 from torch import Tensor
 
 import quarot
-from quarot import _C, data, eval, ops
+from quarot import _C, bench, data, eval, ops, shapes
 from quarot.config import QuarotConfig
 from quarot.convert import convert as convert_model
 from quarot.hf import load_model, weight_bytes
@@ -98,6 +98,13 @@ def _preset(value: str | None) -> str | None:
             QuarotConfig.from_preset(value)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
+    return value
+
+
+def _parts(value: str) -> str:
+    unknown = [part for part in value.split(",") if part not in bench.PARTS]
+    if unknown:
+        raise typer.BadParameter(f"got {', '.join(unknown)}, needs some of {','.join(bench.PARTS)}")
     return value
 
 
@@ -411,6 +418,62 @@ def info(as_json: Json = False) -> None:
     for op, row in kernels.items():
         table.add_row(op, *(row[device] for device in devices))
     Console().print(table)
+
+
+# --- bench ----------------------------------------------------------------------------------------
+
+
+bench_app = typer.Typer(help="Time the converted model beside transformers' own, in one run.")
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback()
+def _bench() -> None:
+    pass  # makes "model" a verb of its own: there will be others
+
+
+@bench_app.command("model")
+def bench_model(
+    shape: Annotated[
+        str,
+        typer.Option(
+            help=f"{', '.join(shapes.SHAPES)}: random weights, but for smollm2.",
+            callback=_choice("shape", tuple(shapes.SHAPES)),
+        ),
+    ] = "llama-3-8b",
+    preset: Annotated[str, typer.Option(help="Of the converted model.", callback=_preset)] = (
+        "W4A4KV4"
+    ),
+    parts: Annotated[
+        str,
+        typer.Option(help=f"What to measure, of {', '.join(bench.PARTS)}.", callback=_parts),
+    ] = ",".join(bench.PARTS),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Three decode cases, compiled for none.")
+    ] = False,
+    seconds: Annotated[
+        float | None, typer.Option(min=1, help="After that no further case is begun.")
+    ] = None,
+    device: Device = "cuda",
+    as_json: Json = False,
+) -> None:
+    """Time prefill, decode steps and generate, and count memory."""
+    if preset == NO_PRESET:
+        raise typer.BadParameter("--preset: got none, which is measured in any case")
+    plan = bench.Plan(shape, preset, torch.device(device or "cpu"), tuple(parts.split(",")))
+    plan = dataclasses.replace(plan, seconds=seconds)
+    if quick:
+        plan = dataclasses.replace(plan, cases=bench.QUICK_CASES, compiled=())
+    cases: list[dict[str, Any]] = []
+
+    def report(case: dict[str, Any]) -> None:
+        cases.append(case)
+        if not as_json:
+            print(bench.line(case, cases), flush=True)
+
+    bench.bench_model(plan, report)
+    if as_json:
+        _print_json({"shape": shape, "preset": preset, "device": device, "cases": cases})
 
 
 # --- demo -----------------------------------------------------------------------------------------

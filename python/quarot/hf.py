@@ -32,6 +32,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from quarot import graph
 from quarot.config import QuarotConfig
 from quarot.models import Architecture, Geometry, describe
 from quarot.modules.canonical import DTYPES
@@ -233,6 +234,7 @@ def adopt(model: Any, config: QuarotConfig) -> Any:
     recorded = recorded if isinstance(recorded, list) else [recorded]
     if DecoderLayer not in recorded:
         decoder._can_record_outputs["hidden_states"] = [*recorded, DecoderLayer]
+    graph.install(model)
     return model.requires_grad_(False).eval()
 
 

@@ -15,6 +15,11 @@ namespace {
 
 enum class Mask { none, shared, per_head };
 
+/// What a call may have beside the shapes; page 0: not a paged cache.
+struct Options {
+  int64_t window = kNoWindow, page = 0;
+};
+
 struct Shape {
   int64_t seq, heads, kv_heads, head_dim;
   std::vector<int32_t> lengths;
@@ -29,11 +34,14 @@ const std::vector<Shape>& shapes() {
       {40, 6, 3, 80, {40, 65}},   // two blocks of rows, the second not full
       {3, 4, 2, 128, {2, 0}},     // fewer tokens than queries; nothing at all
       {9, 2, 1, 96, {600}},       // some queries, several splits
+      {2, 4, 1, 32, {70, 3}},     // few rows: 8 words a key at 8 bits; a part of 16 keys
+      {1, 5, 1, 128, {530}},      // 16 words at 4 bits, 32 at 8
       {200, 1, 1, 8, {257}}};
   return all;
 }
 
-/// A random cache whose capacity is the longest sequence: the kernel may read nothing beyond.
+/// A random cache whose capacity is the longest sequence, in whole pages: the kernel may read
+/// nothing beyond.
 struct Cache {
   Guarded<uint8_t> codes;
   Guarded<uint16_t> scale;
@@ -57,20 +65,24 @@ struct Call {
   Shape s;
   DType dtype;
   int bits;
+  Options options;
   int64_t batch, capacity;
   Random random{11};
+  Guarded<int32_t> table;  // pages in descending order
   Guarded<uint8_t> q;
   Guarded<int32_t> lengths;
   Cache k, v;
   std::optional<Guarded<uint8_t>> mask;
   int64_t mask_heads;
 
-  Call(const Shape& shape, DType type, int code_bits, Mask kind)
+  Call(const Shape& shape, DType type, int code_bits, Mask kind, Options more = {})
       : s(shape),
         dtype(type),
         bits(code_bits),
+        options(more),
         batch(static_cast<int64_t>(s.lengths.size())),
-        capacity(std::max(1, *std::max_element(s.lengths.begin(), s.lengths.end()))),
+        capacity(whole_pages(std::max(1, *std::max_element(s.lengths.begin(), s.lengths.end())))),
+        table(more.page == 0 ? 0 : batch * capacity / more.page),
         q(batch * s.seq * s.heads * s.head_dim * bytes_of(type)),
         lengths(s.lengths),
         k(batch * s.kv_heads * capacity, s.head_dim, bits, random),
@@ -83,15 +95,32 @@ struct Call {
       // The first row sees nothing.
       for (int64_t j = 0; j < capacity; ++j) (*mask)[j] = 0;
     }
+    for (int64_t i = 0; i < table.size(); ++i)
+      table[i] = static_cast<int32_t>(table.size() - 1 - i);
     // What lies beyond a sequence's length is not a key, whatever memory holds there.
-    for (int64_t slot = 0; slot < batch * s.kv_heads * capacity; ++slot) {
-      if (slot % capacity >= lengths[slot / capacity / s.kv_heads])
-        k.scale[slot] = v.scale[slot] = 0x7e00;
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t head = 0; head < s.kv_heads; ++head) {
+        for (int64_t j = lengths[b]; j < capacity; ++j)
+          k.scale[slot(b, head, j)] = v.scale[slot(b, head, j)] = 0x7e00;
+      }
     }
   }
 
+  int64_t whole_pages(int64_t tokens) const {
+    return options.page == 0 ? tokens : ceil_div(tokens, options.page) * options.page;
+  }
+  Pages pages() const {
+    if (options.page == 0) return {};
+    return {table.data(), capacity / options.page, table.size(), options.page};
+  }
+  int64_t slot(int64_t b, int64_t head, int64_t j) const {
+    const TokenPlace place = place_of(pages(), s.kv_heads, capacity, b, j);
+    return place.first + head * place.apart;
+  }
+
   bool sees(int64_t b, int64_t h, int64_t t, int64_t j) const {
-    if (j > lengths[b] - s.seq + t) return false;
+    const int64_t last = lengths[b] - s.seq + t;
+    if (j > last || j <= last - options.window) return false;
     return !mask || (*mask)[((b * mask_heads + h % mask_heads) * s.seq + t) * capacity + j] != 0;
   }
 
@@ -100,32 +129,34 @@ struct Call {
   std::vector<uint8_t> run(Kernel* kernel, const Executor& executor) const {
     Guarded<uint8_t> out(q.size(), 0xee);
     const int64_t longest = *std::max_element(s.lengths.begin(), s.lengths.end());
-    Guarded<float> workspace(
-        cpu::attention_workspace(batch, s.seq, s.heads, s.kv_heads, s.head_dim, longest));
-    const AttentionArgs args{out.data(),
-                             workspace.data(),
-                             q.data(),
-                             k.view(),
-                             v.view(),
-                             lengths.data(),
-                             mask ? reinterpret_cast<const bool*>(mask->data()) : nullptr,
-                             capacity,
-                             mask_heads * s.seq * capacity,
-                             mask_heads == 1 ? 0 : s.seq * capacity,
-                             capacity,
-                             dtype,
-                             batch,
-                             s.seq,
-                             s.heads,
-                             s.kv_heads,
-                             s.head_dim,
-                             capacity,
-                             bits,
-                             1 / std::sqrt(static_cast<float>(s.head_dim))};
+    AttentionArgs args{out.data(),
+                       nullptr,
+                       q.data(),
+                       k.view(),
+                       v.view(),
+                       lengths.data(),
+                       mask ? reinterpret_cast<const bool*>(mask->data()) : nullptr,
+                       capacity,
+                       mask_heads * s.seq * capacity,
+                       mask_heads == 1 ? 0 : s.seq * capacity,
+                       capacity,
+                       dtype,
+                       batch,
+                       s.seq,
+                       s.heads,
+                       s.kv_heads,
+                       s.head_dim,
+                       capacity,
+                       bits,
+                       1 / std::sqrt(static_cast<float>(s.head_dim)),
+                       options.window,
+                       pages()};
+    Guarded<float> workspace(cpu::attention_workspace(args, longest));
+    args.workspace = workspace.data();
     if constexpr (std::is_same_v<Kernel, decltype(cpu::attention)>) {
       kernel(args, executor);
     } else {
-      kernel(args, cpu::attention_split(batch, s.seq, s.heads, s.kv_heads, longest), executor);
+      kernel(args, cpu::attention_split(args, longest), executor);
     }
     out.check_poison();
     workspace.check_poison();
@@ -134,7 +165,7 @@ struct Call {
 
   /// Output vector of (b, t, h) in double; NaN if a key or value that it sees has no finite scale.
   std::vector<double> expected(int64_t b, int64_t t, int64_t h) const {
-    const int64_t dim = s.head_dim, head = b * s.kv_heads + h / (s.heads / s.kv_heads);
+    const int64_t dim = s.head_dim, head = h / (s.heads / s.kv_heads);
     std::vector<double> out(static_cast<size_t>(dim)), scores;
     double sum = 0;
     for (int64_t j = 0; j < capacity; ++j) {
@@ -142,12 +173,12 @@ struct Call {
       double score = 0;
       for (int64_t i = 0; i < dim; ++i) {
         const int64_t at = ((b * s.seq + t) * s.heads + h) * dim + i;
-        score += double{from_bits(dtype, q.data(), at)} * k.at(head * capacity + j, dim, bits, i);
+        score += double{from_bits(dtype, q.data(), at)} * k.at(slot(b, head, j), dim, bits, i);
       }
       const double weight = std::exp(score / std::sqrt(static_cast<double>(dim)));
       sum += weight;
       for (int64_t i = 0; i < dim; ++i) {
-        out[static_cast<size_t>(i)] += weight * v.at(head * capacity + j, dim, bits, i);
+        out[static_cast<size_t>(i)] += weight * v.at(slot(b, head, j), dim, bits, i);
       }
     }
     for (double& value : out) value = sum == 0 ? 0 : value / sum;
@@ -189,11 +220,20 @@ TEST(attention_equals_double_arithmetic) {
   }
 }
 
+TEST(attention_has_windows_and_pages) {
+  for (const Shape& shape : shapes()) {
+    for (const Options options : {Options{1}, {50}, {300, 16}, {kNoWindow, 16}, {64, 48}}) {
+      const Call call(shape, DType::f32, 4, Mask::shared, options);
+      call.check(call.run(&cpu::attention, threaded(2)), "window or pages");
+    }
+  }
+}
+
 TEST(attention_variants_and_threads_agree_bit_by_bit) {
   for (const Shape& shape : shapes()) {
     for (const int bits : {4, 8}) {
-      for (const Mask mask : {Mask::none, Mask::shared}) {
-        const Call call(shape, DType::bf16, bits, mask);
+      for (const Options options : {Options{}, {70, 48}}) {
+        const Call call(shape, DType::bf16, bits, Mask::shared, options);
         const auto want = call.run(&cpu::baseline::attention, serial());
         for (const cpu::Isa isa : available_isas()) {
           for (const Executor& executor : {serial(), threaded(2), threaded(3)}) {
@@ -235,6 +275,12 @@ TEST(attention_survives_scores_far_apart) {
   for (int64_t i = 0; i < 8; ++i) {
     CHECK(from_bits(DType::f32, out.data(), i) == static_cast<float>(call.v.at(299, 8, 8, i)));
   }
+}
+
+TEST(attention_refuses_pages_that_there_are_not) {
+  Call call({1, 1, 1, 8, {20}}, DType::f32, 8, Mask::none, {kNoWindow, 16});
+  call.table[1] = 2;
+  CHECK_THROWS(call.run(&cpu::attention, serial()), "block_table[0, 1]");
 }
 
 TEST(attention_refuses_lengths_beyond_the_capacity) {

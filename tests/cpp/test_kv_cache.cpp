@@ -112,7 +112,7 @@ struct Call {
             s.head_dim,    kCapacity,
             s.rotary,      s.seq * s.rotary,
             bits,          0.95f,
-            0.9f};
+            0.9f,          {}};
   }
 
   /// The vector after RoPE and the transform, in double.

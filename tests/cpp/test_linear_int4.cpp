@@ -9,10 +9,22 @@ QUAROT_DECLARE_VARIANTS(void prepack_int4(uint8_t*, const uint8_t*, int64_t, int
                                           const Executor&))
 QUAROT_DECLARE_VARIANTS(void unprepack_int4(uint8_t*, const uint8_t*, int64_t, int64_t,
                                             const Executor&))
+#if defined(QUAROT_WITH_AMX)
+namespace amx {
+void linear_int4(const LinearInt4Args&, const Executor&);
+}
+#endif
 }  // namespace quarot::cpu
 
 namespace quarot::testing {
 namespace {
+
+auto linear_variant(cpu::Isa isa) {
+#if defined(QUAROT_WITH_AMX)
+  if (isa == cpu::Isa::amx) return &cpu::amx::linear_int4;
+#endif
+  return VARIANT(isa, linear_int4);
+}
 
 /// Code (row, column) of canonical packed weights [n, k / 2].
 int code_at(const std::vector<uint8_t>& packed, int64_t k, int64_t row, int64_t column) {
@@ -105,11 +117,14 @@ struct Layer {
 };
 
 TEST(linear_int4_equals_its_definition) {
-  // Around the blocking: 2 and 6 rows in registers, 60 a block, 16 channels, 128 a chunk, 512
-  // columns a segment.
-  const Shape shapes[] = {{1, 1, 32, 1},     {1, 40, 64, 2},    {2, 16, 1056, 1}, {3, 17, 96, 12},
-                          {6, 33, 576, 1},   {7, 15, 512, 16},  {59, 5, 64, 1},   {61, 130, 544, 1},
-                          {120, 3, 1536, 3}, {121, 20, 320, 10}};
+  // Around the blocking: 2, 4, 6 and 12 rows in registers, 128 a block, 16 channels, 128 a chunk,
+  // 1024 columns a segment, 32 a run.
+  const Shape shapes[] = {{1, 1, 32, 1},     {1, 40, 64, 2},     {2, 16, 1056, 1},
+                          {3, 17, 96, 12},   {4, 18, 160, 4},    {5, 33, 576, 1},
+                          {6, 33, 576, 1},   {7, 15, 512, 16},   {13, 16, 96, 4},
+                          {25, 5, 64, 1},    {71, 5, 64, 1},     {73, 130, 1056, 1},
+                          {144, 3, 1536, 3}, {145, 20, 320, 10}, {16, 33, 192, 1},
+                          {31, 48, 2112, 1}, {129, 40, 128, 2}};
   for (const Shape& shape : shapes) {
     for (const DType dtype : kDTypes) {
       for (const bool extras : {false, true}) {
@@ -117,7 +132,7 @@ TEST(linear_int4_equals_its_definition) {
         for (const cpu::Isa isa : available_isas()) {
           for (const Executor& executor : {serial(), threaded(3)}) {
             Guarded<uint8_t> out(shape.m * shape.n * bytes_of(dtype), 0xee);
-            VARIANT(isa, linear_int4)(layer.args(out.data()), executor);
+            linear_variant(isa)(layer.args(out.data()), executor);
             out.check_poison();
             for (int64_t i = 0; i < shape.m; ++i) {
               for (int64_t j = 0; j < shape.n; ++j) {
@@ -149,10 +164,10 @@ TEST(linear_int4_is_exact_at_the_largest_sums) {
         std::vector<float> out(static_cast<size_t>(m * 17));
         for (const cpu::Isa isa : available_isas()) {
           VARIANT(isa, prepack_int4)(w.data(), weights.data(), 17, k, serial());
-          VARIANT(isa, linear_int4)
-          ({out.data(), x.data(), ones.data(), zeros.data(), w.data(), ones.data(), sums.data(),
-            nullptr, nullptr, DType::f32, DType::f32, DType::f32, m, 17, k, 1},
-           serial());
+          linear_variant(isa)(
+              {out.data(), x.data(), ones.data(), zeros.data(), w.data(), ones.data(), sums.data(),
+               nullptr, nullptr, DType::f32, DType::f32, DType::f32, m, 17, k, 1},
+              serial());
           // x - zero = 2 x + 1, and fp32 rounds the exact sum once.
           const auto want = static_cast<float>(k * w_code * (2 * x_code + 1));
           for (const float y : out) CHECK(y == want, cpu::isa_name(isa), " ", y, " not ", want);
@@ -167,8 +182,34 @@ TEST(linear_int4_carries_nan_of_a_row_and_no_further) {
   layer.x_scale[4] = std::nanf("");
   for (const cpu::Isa isa : available_isas()) {
     std::vector<float> out(9 * 20);
-    VARIANT(isa, linear_int4)(layer.args(out.data()), serial());
+    linear_variant(isa)(layer.args(out.data()), serial());
     for (size_t i = 0; i < out.size(); ++i) CHECK(std::isnan(out[i]) == (i / 20 == 4));
+  }
+}
+
+TEST(linear_int4_depends_neither_on_threads_nor_on_alignment) {
+  for (const Shape& shape :
+       {Shape{1, 200, 320, 1}, {4, 33, 96, 3}, {7, 100, 256, 1}, {150, 72, 1088, 1}}) {
+    const Layer layer(shape, DType::bf16, true, true, Random(5));
+    const auto bytes = static_cast<size_t>(shape.m * shape.n * 2);
+    std::vector<uint8_t> expected(bytes);
+    cpu::baseline::linear_int4(layer.args(expected.data()), serial());
+    for (const cpu::Isa isa : available_isas()) {
+      for (int threads = 1; threads <= 8; ++threads) {
+        // Codes one byte and floats four bytes off what vectors would like.
+        std::vector<int8_t> x(static_cast<size_t>(shape.m * shape.k) + 1);
+        std::vector<uint8_t> w(static_cast<size_t>(prepacked_bytes(shape.n, shape.k)) + 1);
+        std::vector<uint8_t> out(bytes + 2);
+        std::memcpy(x.data() + 1, layer.x.data(), x.size() - 1);
+        std::memcpy(w.data() + 1, layer.w.data(), w.size() - 1);
+        LinearInt4Args args = layer.args(out.data() + 2);
+        args.x = x.data() + 1;
+        args.w = w.data() + 1;
+        linear_variant(isa)(args, threaded(threads));
+        CHECK(std::memcmp(out.data() + 2, expected.data(), bytes) == 0, cpu::isa_name(isa), " ",
+              threads, " threads, m=", shape.m);
+      }
+    }
   }
 }
 
@@ -192,11 +233,10 @@ TEST(prepack_int4_is_lossless_and_has_the_documented_layout) {
       CHECK(back.values() == weights);
       for (int64_t channel = 0; channel < ceil_div(n, 16) * 16; ++channel) {
         for (int64_t column = 0; column < k; ++column) {
-          // Nibble s of the word's half h holds column 2s + h.
+          // Byte b of the word holds columns b and 4 + b.
           const int64_t word = (channel / 16 * (k / 8) + column / 8) * 16 + channel % 16;
-          const int64_t s = column % 8 / 2, half = column % 2;
-          const int nibble = packed[word * 4 + half * 2 + s / 2] >> (s % 2 * 4) & 15;
-          CHECK(nibble == (channel < n ? code_at(weights, k, channel, column) & 15 : 0));
+          const int nibble = packed[word * 4 + column % 4] >> (column % 8 / 4 * 4) & 15;
+          CHECK(nibble == (channel < n ? code_at(weights, k, channel, column) + 8 : 0));
         }
       }
     }

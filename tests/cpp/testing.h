@@ -161,7 +161,7 @@ inline std::vector<cpu::Isa> available_isas() {
 /// The variant `isa` of a kernel declared by QUAROT_DECLARE_VARIANTS in namespace quarot::cpu.
 #if defined(__x86_64__)
 #define VARIANT(isa, kernel)                                            \
-  ((isa) == ::quarot::cpu::Isa::avx512 ? &::quarot::cpu::avx512::kernel \
+  ((isa) >= ::quarot::cpu::Isa::avx512 ? &::quarot::cpu::avx512::kernel \
    : (isa) == ::quarot::cpu::Isa::avx2 ? &::quarot::cpu::avx2::kernel   \
                                        : &::quarot::cpu::baseline::kernel)
 #else

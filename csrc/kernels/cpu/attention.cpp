@@ -9,21 +9,22 @@ namespace quarot::cpu {
 QUAROT_DECLARE_VARIANTS(void attention(const AttentionArgs&, const AttentionSplit&,
                                        const Executor&))
 
-AttentionSplit attention_split(int64_t batch, int64_t seq, int64_t heads, int64_t kv_heads,
-                               int64_t longest) {
-  const int64_t rows = seq * (heads / kv_heads);
+AttentionSplit attention_split(const AttentionArgs& a, int64_t longest) {
+  // Each sequence's keys lie within so many from its attention_begin.
+  const int64_t in_window = a.seq - 1 + a.window + kAttentionKeys - 1;
+  const int64_t span = longest < in_window ? longest : in_window;
+  const int64_t rows = a.seq * (a.heads / a.kv_heads);
   const int64_t query_blocks = ceil_div(rows, kAttentionRows);
-  if (query_blocks != 1 || batch * kv_heads >= kAttentionEnoughTasks)
-    return {query_blocks, 1, longest};
-  int64_t keys = ceil_div(ceil_div(longest, kAttentionMaxSplits), kAttentionKeys) * kAttentionKeys;
+  if (query_blocks != 1 || a.batch * a.kv_heads >= kAttentionEnoughTasks)
+    return {query_blocks, 1, span};
+  int64_t keys = ceil_div(ceil_div(span, kAttentionMaxSplits), kAttentionKeys) * kAttentionKeys;
   keys = keys < kAttentionSplitKeys ? kAttentionSplitKeys : keys;
-  return {1, longest > keys ? ceil_div(longest, keys) : 1, keys};
+  return {1, span > keys ? ceil_div(span, keys) : 1, keys};
 }
 
-int64_t attention_workspace(int64_t batch, int64_t seq, int64_t heads, int64_t kv_heads,
-                            int64_t head_dim, int64_t longest) {
-  const int64_t splits = attention_split(batch, seq, heads, kv_heads, longest).splits;
-  return splits == 1 ? 0 : batch * seq * heads * splits * attention_partial(head_dim);
+int64_t attention_workspace(const AttentionArgs& a, int64_t longest) {
+  const int64_t splits = attention_split(a, longest).splits;
+  return splits == 1 ? 0 : a.batch * a.seq * a.heads * splits * attention_partial(a.head_dim);
 }
 
 void attention(const AttentionArgs& args, const Executor& executor) {
@@ -35,10 +36,10 @@ void attention(const AttentionArgs& args, const Executor& executor) {
   for (int64_t b = 0; b < args.batch; ++b) {
     QUAROT_ASSERT(args.lengths[b] >= 0 && args.lengths[b] <= args.capacity,
                   "attention: lengths[b] must be in [0, capacity]");
+    check_pages("attention", args.pages, b, args.lengths[b]);
     longest = args.lengths[b] > longest ? args.lengths[b] : longest;
   }
-  const AttentionSplit split =
-      attention_split(args.batch, args.seq, args.heads, args.kv_heads, longest);
+  const AttentionSplit split = attention_split(args, longest);
   QUAROT_ASSERT(split.splits == 1 || args.workspace != nullptr,
                 "attention: the workspace is missing");
   static const auto kernel = QUAROT_PICK(attention);

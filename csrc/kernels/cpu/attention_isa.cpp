@@ -2,7 +2,7 @@
 //
 // A task is one sequence, one cache head, and a block of at most 64 query rows: row = (query s,
 // head of the group), so that all heads which share a cache head share its dequantized keys. It
-// walks the keys it may see in tiles of 64:
+// walks the keys it may see in tiles of 64 (blocks of a paged cache are whole 16 keys):
 //
 //   K [head_dim][64]       <- keys, fp32, transposed: 32-bit words of 16 keys side by side, then
 //                             the 8 nibbles (4 bytes) of each word
@@ -20,9 +20,12 @@
 // finite makes NaN of the rows that see it, and of no other: such a value counts as 0, and NaN is
 // added to its key's score.
 //
+// Up to kFewRows rows (decode) skip the fp32 keys and values: attention_few.h.
+//
 // Above 300 lines: the four steps share one tile, and its layout is the file's subject.
 #include "kernels/attention.h"
 #include "kernels/cpu/any_dtype.h"
+#include "kernels/cpu/attention_few.h"
 #include "kernels/cpu/attention_split.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/vec.h"
@@ -36,6 +39,14 @@ constexpr float kInfinity = __builtin_inff();
 constexpr float kLowest = -0x1.fffffep127f;  // below any score, and finite: kLowest - kLowest is 0
 // Rows in registers, as in linear_int4_isa.cpp.
 constexpr int kBlock = kRegisterBytes == 16 ? 2 : 6;
+// Vectors of columns in registers: AVX-512 has twice the registers, and needs as many sums.
+constexpr int kColumns = kRegisterBytes == 64 ? 2 : 1;
+
+/// Where the keys of a tile stand: slot [i] has key 16 i, the next ones follow it.
+struct Slots {
+  int64_t of[kKeys / kLanes];
+};
+static_assert(kPageMultiple % kLanes == 0);
 
 /// A thread's memory. dim is head_dim rounded up to whole vectors.
 struct Tile {
@@ -55,28 +66,43 @@ struct Tile {
 
 /// Terms of a product that are added one after the other; longer sums are sums of such parts. In
 /// one chain of 256 the rounding errors were 7 times those of torch.
-constexpr int64_t kChain = 32;
+constexpr int64_t kChain = 16;
 
-/// out [R, 16] = (factor ? factor [R] * out : 0) + a [R, depth] * b [depth, 16]; depth >= 1.
-template <int R>
+/// out [R, 16 C] = (factor ? factor [R] * out : 0) + a [R, depth] * b [depth, 16 C]; depth >= 1.
+template <int R, int C>
 QUAROT_INLINE void product(float* out, int64_t out_stride, const float* factor, const float* a,
                            int64_t a_stride, const float* b, int64_t b_stride, int64_t depth) {
   for (int64_t first = 0; first < depth; first += kChain) {
     const int64_t end = first + kChain < depth ? first + kChain : depth;
-    F32 sum[R];
-    for (int r = 0; r < R; ++r) sum[r] = f32(0);
-    for (int64_t i = first; i < end; ++i) {
-      const F32 column = load(b + i * b_stride);
-      for (int r = 0; r < R; ++r) sum[r] = sum[r] + column * f32(a[r * a_stride + i]);
-    }
+    F32 sum[R][C];
+#pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-      float* to = out + r * out_stride;
-      if (first > 0) {
-        sum[r] = load(to) + sum[r];
-      } else if (factor != nullptr) {
-        sum[r] = load(to) * f32(factor[r]) + sum[r];
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) sum[r][c] = f32(0);
+    }
+    for (int64_t i = first; i < end; ++i) {
+      F32 columns[C];
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) columns[c] = load(b + i * b_stride + c * kLanes);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        const F32 row = f32(a[r * a_stride + i]);
+#pragma GCC unroll 2
+        for (int c = 0; c < C; ++c) sum[r][c] = fma(row, columns[c], sum[r][c]);
       }
-      store(to, sum[r]);
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int c = 0; c < C; ++c) {
+        float* to = out + r * out_stride + c * kLanes;
+        if (first > 0) {
+          sum[r][c] = load(to) + sum[r][c];
+        } else if (factor != nullptr) {
+          sum[r][c] = load(to) * f32(factor[r]) + sum[r][c];
+        }
+        store(to, sum[r][c]);
+      }
     }
   }
 }
@@ -88,9 +114,15 @@ void product_rows(float* out, int64_t out_stride, const float* factor, const flo
                   int64_t columns) {
   int64_t r = 0;
   for (; r + R <= rows; r += R) {
-    for (int64_t c = 0; c < columns; c += kLanes) {
-      product<R>(out + r * out_stride + c, out_stride, factor == nullptr ? nullptr : factor + r,
-                 a + r * a_stride, a_stride, b + c, b_stride, depth);
+    const float* f = factor == nullptr ? nullptr : factor + r;
+    int64_t c = 0;
+    for (; c + kColumns * kLanes <= columns; c += kColumns * kLanes) {
+      product<R, kColumns>(out + r * out_stride + c, out_stride, f, a + r * a_stride, a_stride,
+                           b + c, b_stride, depth);
+    }
+    for (; kColumns > 1 && c < columns; c += kLanes) {
+      product<R, 1>(out + r * out_stride + c, out_stride, f, a + r * a_stride, a_stride, b + c,
+                    b_stride, depth);
     }
   }
   if constexpr (R > 1) {
@@ -113,9 +145,17 @@ QUAROT_INLINE void load_grid(const KvCacheView& cache, int64_t slot, int64_t cou
   scale = load_upto<DType::f16>(cache.scale, slot, slot + count);
 }
 
-/// k [dim, kKeys]  <-  slots [slot, slot + count), count <= kKeys; columns beyond are 0.
+/// Makes zeros of scales [16] that are not finite; returns NaN in their lanes, 0 in the others.
+QUAROT_INLINE F32 defuse(float* scales) {
+  const F32 scale = load(scales);
+  const F32 difference = scale - scale;
+  store(scales, select(equal(difference, difference), scale, f32(0)));
+  return difference;
+}
+
+/// k [dim, kKeys]  <-  the first `count` slots, count <= kKeys; columns beyond are 0.
 template <int kBits>
-void dequantize_keys(const KvCacheView& cache, int64_t slot, int64_t count, int64_t head_dim,
+void dequantize_keys(const KvCacheView& cache, const Slots& slots, int64_t count, int64_t head_dim,
                      float* k) {
   constexpr int kPerWord = 32 / kBits;
   const int64_t row_bytes = head_dim * kBits / 8;
@@ -124,9 +164,10 @@ void dequantize_keys(const KvCacheView& cache, int64_t slot, int64_t count, int6
     const int64_t valid = left < 0 ? 0 : left < kLanes ? left : kLanes;
     F32 scale;
     I32 zero;
-    load_grid(cache, slot + first, valid, scale, zero);
+    const int64_t slot = slots.of[first / kLanes];
+    load_grid(cache, slot, valid, scale, zero);
     int32_t words[kMaxHeadDim / kPerWord * kLanes];  // [word, key]
-    const uint8_t* codes = cache.codes + (slot + first) * row_bytes;
+    const uint8_t* codes = cache.codes + slot * row_bytes;
     for (int64_t w = 0; w < head_dim / kPerWord; ++w) {
       for (int64_t key = 0; key < kLanes; ++key) {
         int32_t word = 0;
@@ -144,28 +185,28 @@ void dequantize_keys(const KvCacheView& cache, int64_t slot, int64_t count, int6
   }
 }
 
-/// v [kKeys, dim] and poison [kKeys]  <-  slots [slot, slot + count), count <= kKeys; rows beyond
-/// are 0.
+/// v [kKeys, dim] and poison [kKeys]  <-  the first `count` slots, count <= kKeys; rows beyond are
+/// 0.
 template <int kBits>
-void dequantize_values(const KvCacheView& cache, int64_t slot, int64_t count, int64_t head_dim,
-                       const Tile& t) {
+void dequantize_values(const KvCacheView& cache, const Slots& slots, int64_t count,
+                       int64_t head_dim, const Tile& t) {
   const int64_t row_bytes = head_dim * kBits / 8;
   constexpr int64_t kStep = kLanes * kBits / 8;  // bytes of a vector
   for (int64_t first = 0; first < kKeys; first += kLanes) {
     const int64_t left = count - first;
     const int64_t valid = left < 0 ? 0 : left < kLanes ? left : kLanes;
+    const int64_t slot = slots.of[first / kLanes];
     F32 scale;
     I32 zero;
-    load_grid(cache, slot + first, valid, scale, zero);
-    const F32 difference = scale - scale;  // 0, or NaN
-    store(t.poison + first, difference);
+    load_grid(cache, slot, valid, scale, zero);
     float scales[kLanes];
     int32_t zeros[kLanes];
-    store(scales, select(equal(difference, difference), scale, f32(0)));
+    store(scales, scale);
+    store(t.poison + first, defuse(scales));
     store(zeros, zero);
     for (int64_t key = 0; key < kLanes; ++key) {
       float* row = t.v + (first + key) * t.dim;
-      const uint8_t* codes = cache.codes + (slot + first + key) * row_bytes;
+      const uint8_t* codes = cache.codes + (slot + key) * row_bytes;
       for (int64_t i = 0; i < t.dim; i += kLanes, codes += kStep) {
         F32 value = f32(0);
         if (key < valid) {
@@ -204,13 +245,15 @@ QUAROT_INLINE I32 load_mask(const bool* mask, int64_t c, int64_t count) {
 }
 
 /// Turns a row of scores of `count` keys into weights exp(score - maximum); updates maximum, sum
-/// and factor of row r. The row may see its first `seen` keys, where mask (null: all) is true.
-QUAROT_INLINE void softmax_row(const Tile& t, int64_t r, int64_t count, int64_t seen,
+/// and factor of row r. The row may see the keys in [from, seen), each in [0, kKeys], where mask
+/// (null: all) is true.
+QUAROT_INLINE void softmax_row(const Tile& t, int64_t r, int64_t count, int64_t from, int64_t seen,
                                const bool* mask) {
   float* scores = t.scores + r * kKeys;
   F32 maxima = f32(t.maximum[r]);
   for (int64_t c = 0; c < kKeys; c += kLanes) {
-    I32 visible = greater(i32(static_cast<int32_t>(seen - c)), lane_numbers());
+    const I32 visible_below = greater(i32(static_cast<int32_t>(seen - c)), lane_numbers());
+    I32 visible = visible_below & greater(lane_numbers(), i32(static_cast<int32_t>(from - c - 1)));
     if (mask != nullptr) visible = visible & load_mask(mask, c, count);
     const F32 score = select(visible, load(scores + c) + load(t.poison + c), f32(-kInfinity));
     store(scores + c, score);
@@ -245,8 +288,55 @@ QUAROT_INLINE int64_t row_offset(const AttentionArgs& a, const Block& block, int
   return ((block.b * a.seq + block.s(r)) * a.heads + block.query_head(r)) * a.head_dim;
 }
 
+// ---- Few rows -----------------------------------------------------------------------------------
+
+/// 16 keys (values) from `slot` on, of which the first `valid` are there; the others have scale 0.
+/// copy: kLanes * row_bytes.
+QUAROT_INLINE void load_group(Group& group, const KvCacheView& cache, int64_t slot, int64_t valid,
+                              int64_t row_bytes, uint8_t* copy) {
+  F32 scale;
+  I32 zero;
+  load_grid(cache, slot, valid, scale, zero);
+  store(group.zero, zero);
+  store(group.scale, scale);
+  group.codes = cache.codes + slot * row_bytes;
+  if (valid == kLanes) return;
+  __builtin_memset(copy, 0, static_cast<size_t>(kLanes * row_bytes));
+  __builtin_memcpy(copy, group.codes, static_cast<size_t>(valid * row_bytes));
+  group.codes = copy;
+}
+
+/// Scores of rows [row, row + rows) and the keys from `first` of the tile on; queries are in t.k.
+template <class Few, int R>
+void few_scores(const Tile& t, int64_t first, int64_t row, int64_t rows, const Group& group) {
+  for (; rows >= R; row += R, rows -= R) {
+    Few::template scores<R>(t.scores + row * kKeys + first, kKeys, t.k + row * Few::kRow, group);
+  }
+  if constexpr (R > 1) {
+    if (rows > 0) few_scores<Few, R - 1>(t, first, row, rows, group);
+  }
+}
+/// Adds the weighted values to the outputs, which are in t.v.
+template <class Few, int R>
+void few_values(const Tile& t, int64_t first, int64_t row, int64_t rows, const Group& group) {
+  for (; rows >= R; row += R, rows -= R) {
+    Few::template add_values<R>(t.v + row * Few::kRow, first == 0 ? t.factor + row : nullptr,
+                                t.scores + row * kKeys + first, kKeys, group);
+  }
+  if constexpr (R > 1) {
+    if (rows > 0) few_values<Few, R - 1>(t, first, row, rows, group);
+  }
+}
+
+/// Stands for Few where rows are many or a head's words do not fill vectors.
+struct Many {
+  static constexpr bool kFew = false;
+  static constexpr int64_t kRowBytes = 1;
+};
+
 /// Attends to keys [begin, end), a multiple of kKeys or the last one: leaves out, maximum and sum
 /// in the tile.
+template <class Few>
 void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t begin, int64_t end) {
   const int64_t length = a.lengths[block.b];
   for (int64_t r = 0; r < block.rows; ++r) {
@@ -258,34 +348,87 @@ void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t b
     t.maximum[r] = kLowest;
     t.sum[r] = 0;
   }
+  if constexpr (Few::kFew) {
+    for (int64_t r = 0; r < block.rows; ++r) Few::arrange(t.k + r * Few::kRow, t.q + r * t.dim);
+    for (int64_t i = 0; i < block.rows * Few::kRow; i += kLanes) store(t.v + i, f32(0));
+  }
   // Keys that row r may see, by causality alone.
   const auto seen = [&](int64_t r)
                         __attribute__((always_inline)) { return length - a.seq + block.s(r) + 1; };
   const int64_t last = seen(block.rows - 1);
   end = end < last ? end : last;
-  const int64_t slots = (block.b * a.kv_heads + block.head) * a.capacity;
+  const int64_t outside = (seen(0) - a.window - begin) / kKeys * kKeys;  // of the window
+  if (outside > 0) begin += outside;
+  uint8_t copies[2][kLanes * Few::kRowBytes];  // of the last keys and values
   for (int64_t key = begin; key < end; key += kKeys) {
     const int64_t count = end - key < kKeys ? end - key : kKeys;
-    if (a.bits == 4) {
-      dequantize_keys<4>(a.k, slots + key, count, a.head_dim, t.k);
-      dequantize_values<4>(a.v, slots + key, count, a.head_dim, t);
-    } else {
-      dequantize_keys<8>(a.k, slots + key, count, a.head_dim, t.k);
-      dequantize_values<8>(a.v, slots + key, count, a.head_dim, t);
+    Slots slots{};
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const TokenPlace place = place_of(a.pages, a.kv_heads, a.capacity, block.b, key + i);
+      slots.of[i / kLanes] = place.first + block.head * place.apart;
     }
-    product_rows<kBlock>(t.scores, kKeys, nullptr, t.q, t.dim, t.k, kKeys, a.head_dim, block.rows,
-                         kKeys);
+    Group values[kKeys / kLanes];
+    if constexpr (Few::kFew) {
+      for (int64_t first = 0; first < count; first += kLanes) {
+        const int64_t slot = slots.of[first / kLanes];
+        const int64_t valid = count - first < kLanes ? count - first : kLanes;
+        Group keys;
+        load_group(keys, a.k, slot, valid, Few::kRowBytes, copies[0]);
+        few_scores<Few, kBlock>(t, first, 0, block.rows, keys);
+        Group& group = values[first / kLanes];
+        load_group(group, a.v, slot, valid, Few::kRowBytes, copies[1]);
+        store(t.poison + first, defuse(group.scale));
+      }
+    } else {
+      if (a.bits == 4) {
+        dequantize_keys<4>(a.k, slots, count, a.head_dim, t.k);
+        dequantize_values<4>(a.v, slots, count, a.head_dim, t);
+      } else {
+        dequantize_keys<8>(a.k, slots, count, a.head_dim, t.k);
+        dequantize_values<8>(a.v, slots, count, a.head_dim, t);
+      }
+      product_rows<kBlock>(t.scores, kKeys, nullptr, t.q, t.dim, t.k, kKeys, a.head_dim, block.rows,
+                           kKeys);
+    }
     for (int64_t r = 0; r < block.rows; ++r) {
       const bool* mask = a.mask == nullptr ? nullptr
                                            : a.mask + block.b * a.mask_batch_stride +
                                                  block.query_head(r) * a.mask_head_stride +
                                                  block.s(r) * a.mask_seq_stride + key;
+      const auto within = [](int64_t at) __attribute__((always_inline)) {
+        return at < 0 ? 0 : at < kKeys ? at : kKeys;
+      };
       const int64_t visible = seen(r) - key;
-      softmax_row(t, r, count, visible < 0 ? 0 : visible < kKeys ? visible : kKeys, mask);
+      softmax_row(t, r, count, within(visible - a.window), within(visible), mask);
     }
-    product_rows<kBlock>(t.out, t.dim, t.factor, t.scores, kKeys, t.v, t.dim, kKeys, block.rows,
-                         t.dim);
+    if constexpr (Few::kFew) {
+      for (int64_t first = 0; first < count; first += kLanes) {
+        few_values<Few, kBlock>(t, first, 0, block.rows, values[first / kLanes]);
+      }
+    } else {
+      product_rows<kBlock>(t.out, t.dim, t.factor, t.scores, kKeys, t.v, t.dim, kKeys, block.rows,
+                           t.dim);
+    }
   }
+  if constexpr (Few::kFew) {
+    for (int64_t r = 0; r < block.rows; ++r) Few::restore(t.out + r * t.dim, t.v + r * Few::kRow);
+  }
+}
+
+/// Attends the way that suits the rows and the layout of a head.
+void attend_any(const AttentionArgs& a, const Block& block, const Tile& t, int64_t begin,
+                int64_t end) {
+  const int64_t words = block.rows <= kFewRows ? a.head_dim * a.bits / 32 : 0;
+  if (a.bits == 4) {
+    if (words == 8) return attend<Few<4, 8>>(a, block, t, begin, end);
+    if (words == 16) return attend<Few<4, 16>>(a, block, t, begin, end);
+    if (words == 32) return attend<Few<4, 32>>(a, block, t, begin, end);
+  } else {
+    if (words == 8) return attend<Few<8, 8>>(a, block, t, begin, end);
+    if (words == 16) return attend<Few<8, 16>>(a, block, t, begin, end);
+    if (words == 32) return attend<Few<8, 32>>(a, block, t, begin, end);
+  }
+  attend<Many>(a, block, t, begin, end);
 }
 
 /// out = unnormalised / sum, or 0 where nothing was seen; rounded once.
@@ -336,8 +479,8 @@ void run_task(const AttentionArgs& a, const AttentionSplit& split, const Tile& t
   const int64_t first = whole ? turn * kRows : 0;
   const int64_t count = rows - first < kRows ? rows - first : kRows;
   const Block block{pair / a.kv_heads, pair % a.kv_heads, first, count, group};
-  const int64_t key = whole ? 0 : part * split.keys;
-  attend(a, block, t, key, key + split.keys);
+  const int64_t key = attention_begin(a, a.lengths[block.b]) + (whole ? 0 : part * split.keys);
+  attend_any(a, block, t, key, key + split.keys);
   for (int64_t r = 0; r < count; ++r) {
     const int64_t at = row_offset(a, block, r);
     if (whole) {
@@ -360,8 +503,9 @@ void attention(const AttentionArgs& a, const AttentionSplit& split, const Execut
   const int64_t tasks = a.batch * a.kv_heads * split.query_blocks * split.splits;
   const int64_t work = (rows < kRows ? rows : kRows) * split.keys * dim;
   parallel_rows(executor, tasks, work, [&](int64_t begin, int64_t end) {
-    const Scratch q(kRows * dim), k(dim * kKeys), v(kKeys * dim), scores(kRows * kKeys);
-    const Scratch out(kRows * dim), maximum(kRows), sum(kRows), factor(kRows), poison(kKeys);
+    const int64_t most = rows < kRows ? rows : kRows;
+    const Scratch q(most * dim), k(dim * kKeys), v(kKeys * dim), scores(most * kKeys);
+    const Scratch out(most * dim), maximum(kRows), sum(kRows), factor(kRows), poison(kKeys);
     const Tile tile{dim,        q.data(),       k.data(),   v.data(),      scores.data(),
                     out.data(), maximum.data(), sum.data(), factor.data(), poison.data()};
     for (int64_t task = begin; task < end; ++task) run_task(a, split, tile, task);

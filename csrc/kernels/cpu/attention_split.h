@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "kernels/attention.h"
+
 namespace quarot::cpu {
 
 /// Query rows (seq x query heads of one cache head) of a task.
@@ -24,9 +26,14 @@ struct AttentionSplit {
   int64_t keys;  // of a split, a multiple of kAttentionKeys unless splits is 1
 };
 
+/// The first key that a call looks at: that of the first query's window, in whole tiles.
+[[gnu::always_inline]] inline int64_t attention_begin(const AttentionArgs& a, int64_t length) {
+  const int64_t first = length - a.seq + 1 - a.window;
+  return first < 0 ? 0 : first / kAttentionKeys * kAttentionKeys;
+}
+
 /// The division of a call whose longest sequence has `longest` keys.
-AttentionSplit attention_split(int64_t batch, int64_t seq, int64_t heads, int64_t kv_heads,
-                               int64_t longest);
+AttentionSplit attention_split(const AttentionArgs& args, int64_t longest);
 
 /// Floats of a partial result: its unnormalised output, the scores' maximum and the sum of
 /// exponentials.

@@ -20,7 +20,7 @@ QUAROT_INLINE void fill_transform_quantize(int64_t rows, int64_t n, const Hadama
   parallel_rows(executor, rows, n * matrix.factor_order, [&](int64_t begin, int64_t end) {
     const Transform transform(matrix);
     const Scratch row(n);
-    const CodeScratch codes(n);
+    const CodeScratch codes(out.packed ? n : 0);
     const F32 scale = f32(matrix.scale);
     for (int64_t r = begin; r < end; ++r) {
       fill(r, row.data());

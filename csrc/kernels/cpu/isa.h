@@ -1,15 +1,16 @@
 // Which instruction set the CPU kernels use. Every <family>_isa.cpp is compiled once per variant,
 // into the namespace quarot::cpu::<variant>; <family>.cpp declares the copies with
-// QUAROT_DECLARE_VARIANTS and picks one with QUAROT_PICK, once a process.
+// QUAROT_DECLARE_VARIANTS and picks one with QUAROT_PICK, once a process. linear_int4 alone has a
+// copy in quarot::cpu::amx too.
 #pragma once
 
 namespace quarot::cpu {
 
-enum class Isa { baseline, avx2, avx512 };
-inline constexpr Isa kIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512};
+enum class Isa { baseline, avx2, avx512, amx };
+inline constexpr Isa kIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::amx};
 
-/// "baseline" (x86-64-v2, or plain code on another processor), "avx2" (x86-64-v3) or "avx512"
-/// (x86-64-v4 with VNNI).
+/// "baseline" (x86-64-v2, or plain code on another processor), "avx2" (x86-64-v3), "avx512"
+/// (x86-64-v4 with VNNI) or "amx" (avx512 but for linear_int4, which multiplies tiles of int8).
 const char* isa_name(Isa isa);
 
 /// Whether this build has the variant and this processor can run it.
@@ -35,6 +36,7 @@ template <class Function>
 Function* pick(Function* baseline, Function* avx2, Function* avx512) {
   switch (active_isa()) {
     case Isa::avx512:
+    case Isa::amx:
       return avx512;
     case Isa::avx2:
       return avx2;

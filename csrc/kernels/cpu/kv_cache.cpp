@@ -10,6 +10,17 @@ namespace quarot::cpu {
 
 QUAROT_DECLARE_VARIANTS(void rope_hadamard_kv_append(const KvAppendArgs&, const Executor&))
 
+void check_pages(const char* op, const Pages& pages, int64_t b, int64_t tokens) {
+  if (pages.table == nullptr) return;
+  for (int64_t i = 0; i * pages.size < tokens; ++i) {
+    const int64_t block = pages.table[b * pages.columns + i];
+    if (block >= 0 && block < pages.blocks) continue;
+    throw std::runtime_error("quarot::" + std::string(op) + ": block_table[" + std::to_string(b) +
+                             ", " + std::to_string(i) + "] must be a block between 0 and " +
+                             std::to_string(pages.blocks - 1) + "; got " + std::to_string(block));
+  }
+}
+
 void rope_hadamard_kv_append(const KvAppendArgs& args, const Executor& executor) {
   QUAROT_ASSERT(args.bits == 4 || args.bits == 8, "rope_hadamard_kv_append: bits must be 4 or 8");
   QUAROT_ASSERT(args.head_dim % kHeadDimMultiple == 0 && args.head_dim <= kMaxHeadDim,
@@ -22,6 +33,7 @@ void rope_hadamard_kv_append(const KvAppendArgs& args, const Executor& executor)
                                " token(s) from there do not fit a cache of capacity " +
                                std::to_string(args.capacity));
     }
+    check_pages("rope_hadamard_kv_append", args.pages, b, start + args.seq);
   }
   static const auto kernel = QUAROT_PICK(rope_hadamard_kv_append);
   kernel(args, executor);

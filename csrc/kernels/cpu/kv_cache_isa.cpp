@@ -111,8 +111,9 @@ void append(const KvAppendArgs& a, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < n; i += kLanes)
         store_any(a.dtype, a.q_out, out + i, out + n, load(x.data() + i));
     }
+    const TokenPlace place = place_of(a.pages, a.kv_heads, a.capacity, b, a.start[b] + s);
     for (int64_t h = 0; h < a.kv_heads; ++h) {
-      const int64_t slot = (b * a.kv_heads + h) * a.capacity + a.start[b] + s;
+      const int64_t slot = place.first + h * place.apart;
       rotate(a.k, at(a.k, h));
       quantize_into(a.k_cache, slot, x.data(), n, a.bits, a.k_clip);
       load_vector(x.data(), a.dtype, a.v.data, at(a.v, h), n);

@@ -11,6 +11,23 @@ QUAROT_DECLARE_VARIANTS(void prepack_int4(uint8_t*, const uint8_t*, int64_t, int
 QUAROT_DECLARE_VARIANTS(void unprepack_int4(uint8_t*, const uint8_t*, int64_t, int64_t,
                                             const Executor&))
 
+#if defined(QUAROT_WITH_AMX)
+namespace amx {
+void linear_int4(const LinearInt4Args&, const Executor&);
+}
+#endif
+
+namespace {
+
+auto pick_linear() {
+#if defined(QUAROT_WITH_AMX)
+  if (active_isa() == Isa::amx) return &amx::linear_int4;
+#endif
+  return QUAROT_PICK(linear_int4);
+}
+
+}  // namespace
+
 void linear_int4(const LinearInt4Args& args, const Executor& executor) {
   QUAROT_ASSERT(args.k > 0 && args.k % kLinearInt4KMultiple == 0 && args.k <= kLinearInt4KMax,
                 "linear_int4: k must be a multiple of 32, at most 2^19");
@@ -18,7 +35,7 @@ void linear_int4(const LinearInt4Args& args, const Executor& executor) {
                     args.k / args.groups % kLinearInt4GroupMultiple == 0,
                 "linear_int4: groups must divide k into multiples of 8 columns");
   QUAROT_ASSERT(args.x_zero == nullptr || args.w_sum != nullptr, "linear_int4: x_zero needs w_sum");
-  static const auto kernel = QUAROT_PICK(linear_int4);
+  static const auto kernel = pick_linear();
   kernel(args, executor);
 }
 

@@ -17,7 +17,7 @@ void quantize_rows(const QuantizeArgs& args, const Executor& executor) {
   const int64_t n = args.x.n;
   parallel_rows(executor, args.x.rows, n, [&](int64_t begin, int64_t end) {
     const Scratch row(n);
-    const CodeScratch codes(n);
+    const CodeScratch codes(args.out.packed ? n : 0);
     for (int64_t r = begin; r < end; ++r) {
       const int64_t first = r * args.x.row_stride;
       for (int64_t i = 0; i < n; i += kLanes) {

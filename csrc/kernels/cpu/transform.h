@@ -3,9 +3,9 @@
 //
 // A row holds n / (size * inner) blocks, a block is [K][2^p][inner]: out = row * (I (x) H_K (x)
 // H_2^p (x) I_inner), unscaled. First 2^p: log2 butterfly stages with strides inner, 2*inner, ...;
-// strides below 16 inside the registers. Then the factor: K * K additions for each of the 2^p *
-// inner columns. So n * (p + K) additions a row; the order of additions is fixed by the stages, not
-// by the vector width, and the CUDA kernel adds in the same order.
+// strides below 16 inside the registers. Then the factor: K * (K / 4 + 5) additions for each of the
+// 2^p * inner columns. So n * (p + K / 4 + 5) additions a row; the order of additions is fixed by
+// the stages, not by the vector width.
 #pragma once
 
 #include <cstdint>
@@ -20,21 +20,9 @@ namespace quarot::cpu::QUAROT_ISA {
 /// Lane i gets v[i] + v[i ^ kStride], or v[i ^ kStride] - v[i] where i & kStride.
 template <int kStride>
 QUAROT_INLINE NativeF32 butterfly(const NativeF32& v) {
-  constexpr int lanes = kRegisterBytes / 4;
-  static_assert(kStride < lanes);
-  // The vectors below are constants to the optimiser.
-  NativeI32 partner, negative;
-  for (int i = 0; i < lanes; ++i) {
-    partner[i] = i ^ kStride;
-    negative[i] = (i & kStride) != 0 ? INT32_MIN : 0;
-  }
-#if defined(__clang__)
-  NativeF32 swapped;
-  for (int i = 0; i < lanes; ++i) swapped[i] = v[i ^ kStride];
-#else
-  const NativeF32 swapped = __builtin_shuffle(v, partner);
-#endif
-  return swapped + from_bits(bits(v) ^ negative);
+  NativeI32 negative;  // a constant to the optimiser
+  for (int i = 0; i < kRegisterBytes / 4; ++i) negative[i] = (i & kStride) != 0 ? INT32_MIN : 0;
+  return swap_lanes<kStride>(v) + from_bits(bits(v) ^ negative);
 }
 template <int kStride, class Half>
 QUAROT_INLINE Pair<Half> butterfly(const Pair<Half>& v) {
@@ -92,49 +80,88 @@ inline void butterfly_two_stages(float* x, int64_t count, int64_t stride) {
 }
 
 // ---- The factor ----
+//
+// Every output is a sum of +-x[b] over all rows b. Four rows have only 16 such sums, so these are
+// made once, and an output takes one of them: a quarter of the additions.
 
-/// Terms of a factor's sum that are added one after the other; then the sums of such runs are.
-/// Halves the error of long sums (K = 172) against one run.
-inline constexpr int64_t kFactorRun = 16;
+inline constexpr int64_t kGroupRows = 4;
+inline constexpr int64_t kGroupSums = 1 << kGroupRows;
+/// Groups whose sums are in memory at a time: 16 KB, half of a small L1.
+inline constexpr int64_t kRunGroups = 16;
+/// Outputs that are summed side by side, which hides the latency of an addition.
+inline constexpr int kOutputs = kRegisterBytes == 64 ? 8 : 4;
 
-/// Sums over b of column_block[b] * signs[b][a .. a + kOutputs), written to rows a .. of x[..][c ..
-/// c + 16).
-template <int kOutputs>
-inline void factor_outputs(float* x, int64_t order, int64_t columns, int64_t a, int64_t c,
-                           const float* signs, const float* column_block) {
-  F32 total[kOutputs];
-#pragma GCC unroll 4
-  for (int o = 0; o < kOutputs; ++o) total[o] = f32(0.0f);
-  for (int64_t first = 0; first < order; first += kFactorRun) {
-    const int64_t last = first + kFactorRun < order ? first + kFactorRun : order;
-    F32 run[kOutputs];
-#pragma GCC unroll 4
-    for (int o = 0; o < kOutputs; ++o) run[o] = f32(0.0f);
-    for (int64_t b = first; b < last; ++b) {
-      const F32 v = load(column_block + b * kLanes);
-      const float* sign = signs + b * order + a;
-#pragma GCC unroll 4
-      for (int o = 0; o < kOutputs; ++o) run[o] = run[o] + v * f32(sign[o]);
-    }
-#pragma GCC unroll 4
-    for (int o = 0; o < kOutputs; ++o) total[o] = total[o] + run[o];
-  }
-#pragma GCC unroll 4
-  for (int o = 0; o < kOutputs; ++o)
-    store_upto<DType::f32>(x + (a + o) * columns, c, columns, total[o]);
+/// sums [16, 16 lanes]: entry i is +-x0 +- x1 +- x2 +- x3, minus where i has the row's bit.
+QUAROT_INLINE void group_sums(const F32& x0, const F32& x1, const F32& x2, const F32& x3,
+                              float* sums) {
+  const F32 low[kGroupRows] = {x0 + x1, x1 - x0, x0 - x1, -x0 - x1};
+  const F32 high[kGroupRows] = {x2 + x3, x3 - x2, x2 - x3, -x2 - x3};
+#pragma GCC unroll 16
+  for (int i = 0; i < kGroupSums; ++i) store(sums + i * kLanes, low[i % 4] + high[i / 4]);
 }
 
-/// x[a][c] <- sum over b of x[b][c] * signs[b][a] for a block [K][columns].
-/// signs: [K][K] of +-1.0f. column_block: K * 16 floats.
-inline void apply_factor(float* x, int64_t order, int64_t columns, const float* signs,
-                         float* column_block) {
+/// x[a ... a + N)[c ...] = (base ? base[a ...] : 0) + sums of `groups` groups; choice:
+/// [groups, order] offsets into a group's sums.
+template <int N>
+QUAROT_INLINE void factor_outputs(float* x, int64_t stride, int64_t valid, const float* base,
+                                  const float* sums, const uint16_t* choice, int64_t order,
+                                  int64_t groups) {
+  F32 total[N];
+#pragma GCC unroll 8
+  for (int o = 0; o < N; ++o) total[o] = base == nullptr ? f32(0) : load(base + o * kLanes);
+  for (int64_t g = 0; g < groups; ++g, sums += kGroupSums * kLanes, choice += order) {
+#pragma GCC unroll 8
+    for (int o = 0; o < N; ++o) total[o] = total[o] + load(sums + choice[o]);
+  }
+#pragma GCC unroll 8
+  for (int o = 0; o < N; ++o) store_upto<DType::f32>(x + o * stride, 0, valid, total[o]);
+}
+
+/// x[a][c] <- sum over b of x[b][c] * sign[b][a] for a block [K][columns], K = order.
+/// choice: [ceil(K / 4), K], from factor_choices. sums: kRunGroups * 16 vectors. out: K vectors.
+[[gnu::noinline]] inline void apply_factor(float* x, int64_t order, int64_t columns,
+                                           const uint16_t* choice, float* sums, float* out) {
+  const int64_t groups = ceil_div(order, kGroupRows);
   for (int64_t c = 0; c < columns; c += kLanes) {
-    for (int64_t b = 0; b < order; ++b) {
-      store(column_block + b * kLanes, load_upto<DType::f32>(x + b * columns, c, columns));
+    for (int64_t first = 0; first < groups; first += kRunGroups) {
+      const int64_t count = groups - first < kRunGroups ? groups - first : kRunGroups;
+      for (int64_t g = 0; g < count; ++g) {
+        const auto row = [&](int64_t i) __attribute__((always_inline)) {
+          const int64_t b = (first + g) * kGroupRows + i;
+          return b < order ? load_upto<DType::f32>(x + b * columns, c, columns) : f32(0);
+        };
+        group_sums(row(0), row(1), row(2), row(3), sums + g * kGroupSums * kLanes);
+      }
+      // The last run has read all of x, and may write there.
+      const bool last = first + count == groups;
+      float* to = last ? x + c : out;
+      const int64_t stride = last ? columns : kLanes;
+      const int64_t valid = last ? columns - c : kLanes;
+      const uint16_t* chosen = choice + first * order;
+      const auto outputs = [&]<int N>(int64_t a) __attribute__((always_inline)) {
+        factor_outputs<N>(to + a * stride, stride, valid, first == 0 ? nullptr : out + a * kLanes,
+                          sums, chosen + a, order, count);
+      };
+      int64_t a = 0;
+      for (; a + kOutputs <= order; a += kOutputs) outputs.template operator()<kOutputs>(a);
+      for (; a + 4 <= order; a += 4) outputs.template operator()<4>(a);
+      for (; a < order; ++a) outputs.template operator()<1>(a);
     }
-    int64_t a = 0;
-    for (; a + 4 <= order; a += 4) factor_outputs<4>(x, order, columns, a, c, signs, column_block);
-    for (; a < order; ++a) factor_outputs<1>(x, order, columns, a, c, signs, column_block);
+  }
+}
+
+/// Which sum of each group each output takes: choice [ceil(K / 4), K]  <-  signs [K, K] of +-1.
+inline void factor_choices(uint16_t* choice, const int8_t* signs, int64_t order) {
+  const int64_t groups = ceil_div(order, kGroupRows);
+  for (int64_t g = 0; g < groups; ++g, choice += order) {
+    for (int64_t a = 0; a < order; ++a) choice[a] = 0;
+    for (int64_t i = 0; i < kGroupRows && g * kGroupRows + i < order; ++i) {
+      const int8_t* row = signs + (g * kGroupRows + i) * order;
+      const int negative = kLanes << i;
+      for (int64_t a = 0; a < order; ++a) {
+        choice[a] = static_cast<uint16_t>(choice[a] + (row[a] < 0 ? negative : 0));
+      }
+    }
   }
 }
 
@@ -146,11 +173,10 @@ class Transform {
   explicit Transform(const HadamardMatrix& matrix)
       : size_(matrix.size),
         order_(matrix.factor_order),
-        signs_(order_ * order_),
-        column_block_(order_ * kLanes) {
-    for (int64_t i = 0; order_ > 1 && i < order_ * order_; ++i) {
-      signs_.data()[i] = static_cast<float>(matrix.factor[i]);
-    }
+        choices_(order_ > 1 ? ceil_div(order_, kGroupRows) * order_ / 2 + 1 : 0),
+        sums_(order_ > 1 ? kRunGroups * kGroupSums * kLanes : 0),
+        out_(order_ > 1 ? order_ * kLanes : 0) {
+    if (order_ > 1) factor_choices(choice(), matrix.factor, order_);
   }
 
   /// Transforms x[0, n) in place; n is a multiple of size * inner. Reads up to 15 floats beyond n,
@@ -173,15 +199,18 @@ class Transform {
     }
     if (order_ == 1) return;
     for (int64_t block = 0; block < n; block += order_ * columns) {
-      apply_factor(x + block, order_, columns, signs_.data(), column_block_.data());
+      apply_factor(x + block, order_, columns, choice(), sums_.data(), out_.data());
     }
   }
 
  private:
+  uint16_t* choice() const { return reinterpret_cast<uint16_t*>(choices_.data()); }
+
   int64_t size_;
   int64_t order_;
-  Scratch signs_;
-  Scratch column_block_;
+  Scratch choices_;
+  Scratch sums_;
+  Scratch out_;
 };
 
 }  // namespace quarot::cpu::QUAROT_ISA

@@ -153,6 +153,23 @@ QUAROT_INLINE Pair<V> min(const Pair<V>& a, const Pair<V>& b) {
   return {min(a.lo, b.lo), min(a.hi, b.hi)};
 }
 
+/// a * b + c, rounded once. Elsewhere than here nothing is contracted. Without the instruction each
+/// lane is a call: correct, and slow on processors of before 2013.
+QUAROT_INLINE NativeF32 fma(NativeF32 a, NativeF32 b, NativeF32 c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  for (int i = 0; i < kRegisterBytes / 4; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+template <class V>
+QUAROT_INLINE Pair<V> fma(const Pair<V>& a, const Pair<V>& b, const Pair<V>& c) {
+  return {fma(a.lo, b.lo, c.lo), fma(a.hi, b.hi, c.hi)};
+}
+
 // ---- Broadcast, fp32 and int32 memory ----
 
 // Pairs go half by half: GCC 12 copies them as a whole through memory in 16-byte pieces, and the
@@ -383,15 +400,78 @@ QUAROT_INLINE void store_upto(void* data, int64_t i, int64_t n, const F32& v) {
   }
 }
 
+// ---- Lanes that change places ----
+
+/// Lane i of the result is lane i ^ kStride.
+template <int kStride>
+QUAROT_INLINE NativeF32 swap_lanes(const NativeF32& v) {
+  constexpr int lanes = kRegisterBytes / 4;
+  static_assert(kStride < lanes);
+#if defined(__clang__)
+  NativeF32 swapped;
+  for (int i = 0; i < lanes; ++i) swapped[i] = v[i ^ kStride];
+  return swapped;
+#else
+  NativeI32 partner;  // a constant to the optimiser
+  for (int i = 0; i < lanes; ++i) partner[i] = i ^ kStride;
+  return __builtin_shuffle(v, partner);
+#endif
+}
+template <int kStride, class Half>
+QUAROT_INLINE Pair<Half> swap_lanes(const Pair<Half>& v) {
+  if constexpr (kStride * 4 == sizeof(Half)) {
+    return {v.hi, v.lo};
+  } else {
+    return {swap_lanes<kStride>(v.lo), swap_lanes<kStride>(v.hi)};
+  }
+}
+
+/// Lanes with i & kStride from b, the others from a.
+template <int kStride>
+QUAROT_INLINE NativeF32 mix_lanes(const NativeF32& a, const NativeF32& b) {
+  NativeI32 from_b;  // a constant to the optimiser
+  for (int i = 0; i < kRegisterBytes / 4; ++i) from_b[i] = (i & kStride) != 0 ? -1 : 0;
+  return from_b ? b : a;
+}
+template <int kStride, class Half>
+QUAROT_INLINE Pair<Half> mix_lanes(const Pair<Half>& a, const Pair<Half>& b) {
+  if constexpr (kStride * 4 == sizeof(Half)) {
+    return {a.lo, b.hi};
+  } else {
+    return {mix_lanes<kStride>(a.lo, b.lo), mix_lanes<kStride>(a.hi, b.hi)};
+  }
+}
+
+/// Sums of the pairs of lanes i, i ^ kStride: of a's in the lanes without i & kStride, of b's in
+/// the others.
+template <int kStride>
+QUAROT_INLINE F32 add_pairs(const F32& a, const F32& b) {
+  return mix_lanes<kStride>(a, b) + swap_lanes<kStride>(mix_lanes<kStride>(b, a));
+}
+
+/// 32 bytes at p, then 32 at q, as 8 and 8 lanes.
+template <class Half>
+QUAROT_INLINE void load_halves(Pair<Half>& v, const void* p, const void* q) {
+  v = {load_as<Half>(p), load_as<Half>(q)};
+}
+#if defined(__AVX512F__)
+QUAROT_INLINE void load_halves(NativeI32& v, const void* p, const void* q) {
+  // maskz: as in `load` above.
+  v = (NativeI32)_mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(load_as<__m256i>(p)),
+                                          load_as<__m256i>(q), 1);
+}
+#endif
+
 // ---- Reductions over the lanes, in one fixed order: halves, quarters, ... ----
 
 /// Sum of the 16 lanes.
 QUAROT_INLINE float reduce_add(const F32& v) {
+  F32 sum = v + swap_lanes<8>(v);
+  sum = sum + swap_lanes<4>(sum);
+  sum = sum + swap_lanes<2>(sum);
+  sum = sum + swap_lanes<1>(sum);
   float lane[kLanes];
-  store(lane, v);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width; ++i) lane[i] += lane[i + width];
-  }
+  store(lane, sum);
   return lane[0];
 }
 QUAROT_INLINE int32_t reduce_add(const I32& v) {
@@ -401,26 +481,25 @@ QUAROT_INLINE int32_t reduce_add(const I32& v) {
   for (int64_t i = 0; i < kLanes; ++i) sum += lane[i];
   return sum;
 }
+/// Of lanes none of which is NaN.
 QUAROT_INLINE float reduce_max(const F32& v) {
+  F32 best = max(v, swap_lanes<8>(v));
+  best = max(best, swap_lanes<4>(best));
+  best = max(best, swap_lanes<2>(best));
+  best = max(best, swap_lanes<1>(best));
   float lane[kLanes];
-  store(lane, v);
-  float best = lane[0];
-  for (int64_t i = 1; i < kLanes; ++i) best = lane[i] > best ? lane[i] : best;
-  return best;
+  store(lane, best);
+  return lane[0];
 }
-QUAROT_INLINE float reduce_min(const F32& v) {
-  float lane[kLanes];
-  store(lane, v);
-  float best = lane[0];
-  for (int64_t i = 1; i < kLanes; ++i) best = lane[i] < best ? lane[i] : best;
-  return best;
-}
+QUAROT_INLINE float reduce_min(const F32& v) { return -reduce_max(-v); }
 QUAROT_INLINE int32_t reduce_max(const I32& v) {
+  I32 best = max(v, bits(swap_lanes<8>(from_bits(v))));
+  best = max(best, bits(swap_lanes<4>(from_bits(best))));
+  best = max(best, bits(swap_lanes<2>(from_bits(best))));
+  best = max(best, bits(swap_lanes<1>(from_bits(best))));
   int32_t lane[kLanes];
-  store(lane, v);
-  int32_t best = lane[0];
-  for (int64_t i = 1; i < kLanes; ++i) best = lane[i] > best ? lane[i] : best;
-  return best;
+  store(lane, best);
+  return lane[0];
 }
 
 // ---- Transcendental functions ----
@@ -493,20 +572,22 @@ QUAROT_INLINE F32 erf(const F32& a) {
 
 // ---- Scratch memory ----
 
-/// A 64-byte aligned, uninitialised array of floats, with room for one vector beyond `count`.
+/// A 64-byte aligned, uninitialised array of floats, with room for one vector beyond `count`; null
+/// where count is 0.
 class Scratch {
  public:
-  explicit Scratch(int64_t count)
-      : data_(
-            static_cast<float*>(::operator new(static_cast<size_t>(count + kLanes) * sizeof(float),
-                                               static_cast<std::align_val_t>(64)))) {}
+  explicit Scratch(int64_t count) {
+    if (count == 0) return;
+    data_ = static_cast<float*>(::operator new(static_cast<size_t>(count + kLanes) * sizeof(float),
+                                               static_cast<std::align_val_t>(64)));
+  }
   ~Scratch() { ::operator delete(data_, static_cast<std::align_val_t>(64)); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   float* data() const { return data_; }
 
  private:
-  float* data_;
+  float* data_ = nullptr;
 };
 
 }  // namespace quarot::cpu::QUAROT_ISA

@@ -5,17 +5,19 @@
 // them in turn; at the end it adds up its warps' results. All query rows of a block share what it
 // reads; more rows are more blocks.
 //
-// Splits: the host fixes the number of blocks from shapes alone; each reads all lengths and finds
-// its part of the keys, so that ragged sequences share the blocks by their length and a launch can
-// be captured in a graph. combine_kernel adds a row's partial results in a fixed order.
+// Splits (device/attention_plan.cuh): the host fixes the number of blocks from shapes alone; each
+// reads all lengths and finds its part of the keys, so that ragged sequences share the blocks by
+// their length. combine_kernel adds a row's partial results in a fixed order. One sequence that is
+// not long takes a cluster a cache head instead: its blocks send each other their results, each
+// adds up some dimensions, and there is no second kernel.
 //
 // Bound: memory, the codes of the keys and values seen.
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <type_traits>
 
 #include "kernels/attention.h"
+#include "kernels/cuda/device/attention_plan.cuh"
 #include "kernels/cuda/device/attention_step.cuh"
 #include "kernels/cuda/device/launch.cuh"
 
@@ -25,90 +27,6 @@ namespace {
 using namespace decode;
 
 constexpr int kCombineWarps = 8;
-
-// ---- Division of the work -----------------------------------------------------------------------
-
-/// How a call is divided, from its shapes alone.
-struct Division {
-  int splits;  // units of one cache head and row block
-  int row_blocks;
-};
-
-/// Enough units to fill the SMs, if all sequences are equally long: the fewest that leave few idle
-/// in the last wave.
-template <class C>
-Division divide(const AttentionArgs& a) {
-  constexpr double kEnough = 0.9;
-  constexpr int kMostWaves = 4;
-  const int64_t row_blocks = ceil_div(a.seq * (a.heads / a.kv_heads), int64_t{C::kRows});
-  const int64_t pairs = a.batch * a.kv_heads * row_blocks;
-  const int64_t slots = int64_t{device_limits().processors} * C::kBlocks;
-  const int64_t longest = ceil_div(a.capacity, int64_t{C::kBlockKeys});
-  int64_t parts = 1;
-  double best = 0;
-  for (int64_t n = 1; n <= longest && (n == 1 || n * pairs <= kMostWaves * slots); ++n) {
-    const double used =
-        static_cast<double>(n * pairs) / static_cast<double>(ceil_div(n * pairs, slots) * slots);
-    if (used > best) {
-      best = used;
-      parts = n;
-    }
-    if (best >= kEnough) break;
-  }
-  // Rounding a sequence's parts up costs a unit each (for_units).
-  return {static_cast<int>(a.batch * (parts + (a.batch > 1 ? 1 : 0))),
-          static_cast<int>(row_blocks)};
-}
-
-/// A unit's sequence and its part there; sequence -1: nothing to do.
-struct Unit {
-  int sequence, split, splits;
-};
-
-/// Walks over the sequences, a warp together: sequence b gets parts(b) units, at first(b) of those
-/// of its head. find(lane's b, first, parts) is called for 32 sequences at a time.
-template <class Find>
-__device__ __forceinline__ void for_units(const AttentionArgs& a, const Division& division,
-                                          int block_keys, const Find& find) {
-  const int lane = threadIdx.x % kWarp, batch = static_cast<int>(a.batch);
-  const auto blocks = [&](int b) {
-    if (b >= batch) return 0;
-    const int length = min(max(a.lengths[b], 0), static_cast<int>(a.capacity));
-    return (length + block_keys - 1) / block_keys;
-  };
-  int total = 0;
-  for (int b = lane; b - lane < batch; b += kWarp) total += blocks(b);
-  total = __reduce_add_sync(kAllLanes, total);
-  // Rounding up costs less than a unit a sequence.
-  const int shares = batch > 1 ? division.splits - batch : division.splits;
-  const int each = max((total + shares - 1) / shares, 1);
-  int first = 0;
-  for (int b = lane; b - lane < batch; b += kWarp) {
-    const int parts = (blocks(b) + each - 1) / each;
-    int end = parts;
-#pragma unroll
-    for (int step = 1; step < kWarp; step *= 2) {
-      const int before = __shfl_up_sync(kAllLanes, end, step);
-      if (lane >= step) end += before;
-    }
-    find(b, first + end - parts, parts);
-    first += __shfl_sync(kAllLanes, end, kWarp - 1);
-  }
-}
-
-__device__ __forceinline__ Unit unit_of(const AttentionArgs& a, const Division& division,
-                                        int block_keys, int unit) {
-  Unit found{-1, 0, 0};
-  for_units(a, division, block_keys, [&](int b, int first, int parts) {
-    const bool mine = unit >= first && unit < first + parts;
-    const unsigned who = __ballot_sync(kAllLanes, mine);
-    if (who == 0) return;
-    const int lane = __ffs(static_cast<int>(who)) - 1;
-    found = {__shfl_sync(kAllLanes, b, lane), unit - __shfl_sync(kAllLanes, first, lane),
-             __shfl_sync(kAllLanes, parts, lane)};
-  });
-  return found;
-}
 
 // ---- Device helpers -----------------------------------------------------------------------------
 
@@ -123,11 +41,6 @@ __device__ __forceinline__ void store_out(const AttentionArgs& a, int64_t i, flo
   }
 }
 
-/// Maximum and sum of a partial result.
-struct Stats {
-  float maximum, sum;
-};
-
 /// A partial result's place: unit u of head h and row block k, row r.
 struct Partials {
   float* out;    // [row_blocks, kv_heads, splits, rows, dim]
@@ -141,50 +54,71 @@ __device__ __forceinline__ Partials partials_of(const AttentionArgs& a, const Di
 
 // ---- Kernels ------------------------------------------------------------------------------------
 
-/// Grid: row_blocks * kv_heads * splits.
+/// Grid: row_blocks * kv_heads * splits * cluster.
 template <class C>
 __global__ void __launch_bounds__(kThreads, C::kBlocks)
-    attention_kernel(const __grid_constant__ AttentionArgs a, Division division) {
+    attention_kernel(const __grid_constant__ AttentionArgs a,
+                     const __grid_constant__ Division division) {
   wait_for_previous_grid();
   start_next_grid();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  const int index = static_cast<int>(blockIdx.x) / division.splits;  // of head and row block
+  const int cluster = division.cluster;
+  const int result = static_cast<int>(blockIdx.x) / cluster;
+  const int rank = static_cast<int>(blockIdx.x) - result * cluster;
+  const int index = result / division.splits;  // of head and row block
   const int kv_heads = static_cast<int>(a.kv_heads);
-  const Unit unit =
-      unit_of(a, division, C::kBlockKeys, static_cast<int>(blockIdx.x) - index * division.splits);
-  if (unit.sequence < 0) return;
+  Unit unit{0, result - index * division.splits, division.splits};
+  if (a.batch > 1) {
+    unit = unit_of(a, division, C::kBlockKeys, unit.split);
+    if (unit.sequence < 0) return;
+  }
   const int group = static_cast<int>(a.heads) / kv_heads, block = index / kv_heads;
   const RowsOfBlock rows{unit.sequence, index - block * kv_heads, block * C::kRows, group,
                          min(static_cast<int>(a.seq) * group - block * C::kRows, C::kRows)};
 
-  const int length = min(max(a.lengths[rows.b], 0), static_cast<int>(a.capacity));
-  const int blocks = (length + C::kBlockKeys - 1) / C::kBlockKeys;
-  const auto boundary = [&](int split) {
-    return static_cast<int>(static_cast<unsigned>(blocks * split) /
-                            static_cast<unsigned>(unit.splits)) *
-           C::kBlockKeys;
-  };
-  const int begin = boundary(unit.split), end = min(boundary(unit.split + 1), length);
-  const int64_t slots = (rows.b * kv_heads + rows.head) * a.capacity;
-  unsigned char* const ring = dynamic_shared() + warp * C::kWarpBytes;
-  int key = begin + warp * C::kKeys;
-  Copier<C> copier(a, ring, slots, key, end);
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) copier.start();
+#if __CUDA_ARCH__ >= 900
+  __shared__ uint64_t sent;  // barrier: all blocks' results are here
+  if (cluster > 1) {
+    if (threadIdx.x == 0) {
+      mbarrier_init(shared_address(&sent), 1);
+      mbarrier_init_fence();
+      mbarrier_expect(shared_address(&sent),
+                      rows.rows * static_cast<int>(C::kDim * 4 + cluster * sizeof(Stats)));
+    }
+    cluster_arrive_relaxed();  // whoever sends to this block knows that it runs
+  }
+#endif
   Queries<C> q;
   q.load(a, rows);
+
+  const Span span = span_of(a, unit.sequence, C::kBlockKeys);
+  const auto boundary = [&](int split) {
+    return (span.first + static_cast<int>(static_cast<unsigned>(span.blocks * split) /
+                                          static_cast<unsigned>(unit.splits * cluster))) *
+           C::kBlockKeys;
+  };
+  const int split = unit.split * cluster + rank;
+  const int begin = boundary(split), end = min(boundary(split + 1), span.length);
+  unsigned char* const ring = dynamic_shared() + warp * C::kWarpBytes;
+  int key = begin + warp * C::kKeys;
+  Copier<C> copier(a, ring, unit.sequence, rows.head, key, end);
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) copier.start();
+  q.convert(a);
   Running<C> r;
   r.clear();
   const Places<C> places;
-  // Keys below are seen by all rows.
-  const int common =
-      a.mask == nullptr ? min(length - static_cast<int>(a.seq) + rows.s(0) + 1, end) : 0;
+  // Keys in [oldest, common) are seen by all rows.
+  const int new_key = span.length - static_cast<int>(a.seq);  // of the first query
+  const int common = a.mask == nullptr ? min(new_key + rows.s(0) + 1, end) : 0;
+  const int oldest = new_key + rows.s(rows.rows - 1) + 1 - static_cast<int>(a.window);
   auto* params = reinterpret_cast<Param*>(ring + kStages * C::kStageBytes);
   for (int stage = 0; key < end; key += C::kBlockKeys) {
     cp_async_wait<kStages - 2>();
     __syncwarp();  // all lanes' copies are there, and all are done with the stage before
     copier.start();
-    attend<C>(r, a, q, rows, places, ring + stage, params, key, length, key + C::kKeys <= common);
+    attend<C>(r, a, q, rows, places, ring + stage, params, key, span.length,
+              key >= oldest && key + C::kKeys <= common);
     stage = stage + C::kStageBytes == kStages * C::kStageBytes ? 0 : stage + C::kStageBytes;
   }
   __syncthreads();  // the ring becomes the block's [warp][row][dim]
@@ -209,23 +143,75 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks)
     }
   }
   __syncthreads();
-  const Partials partials = partials_of<C::kRows>(a, division);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < rows.rows * C::kDim; i += kThreads) {
-    const int row = i / C::kDim, dim = i % C::kDim;
-    float maximum = kLowest, sum = 0.0f, total = 0.0f;
+  // The cluster's blocks share the dimensions: rank, rank + cluster, ... are this one's.
+  auto* received = reinterpret_cast<float*>(dynamic_shared() + C::kRingBytes);
+  auto* their_stats = reinterpret_cast<Stats*>(received + C::kRows * C::kDim);
+  const int share = C::kDim / cluster;
+#if __CUDA_ARCH__ >= 900
+  if (cluster > 1) cluster_wait();
+#endif
+  for (int row = warp; row < rows.rows; row += kWarps) {
+    float maximum = kLowest, sum = 0.0f, total[C::kDim / kWarp] = {};
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) maximum = fmaxf(maximum, stats[w][row].maximum);
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       const float factor = exp2_fast(stats[w][row].maximum - maximum);
       sum += stats[w][row].sum * factor;
-      total += results[(w * C::kRows + row) * C::kOutStride + C::out_place(dim)] * factor;
+#pragma unroll
+      for (int i = 0; i < C::kDim / kWarp; ++i) {
+        total[i] +=
+            factor * results[(w * C::kRows + row) * C::kOutStride + C::out_place(i * kWarp + lane)];
+      }
     }
-    if (unit.splits == 1) {
-      store_out(a, rows.at(a, row) * C::kDim + dim, sum == 0.0f ? 0.0f : total / sum);
-    } else {
-      const int64_t at = int64_t{blockIdx.x} * C::kRows + row;
+    float* to = received + (rank * C::kRows + row) * share + lane / cluster;
+    Stats* at = their_stats + rank * C::kRows + row;
+    if (cluster == 1) {
+#pragma unroll
+      for (int i = 0; i < C::kDim / kWarp; ++i) to[i * kWarp] = total[i];
+      if (lane == 0) *at = {maximum, sum};
+      continue;
+    }
+#if __CUDA_ARCH__ >= 900
+    const int owner = lane % cluster;
+    const auto address_there = [&](const void* here) {
+      return cluster_address(shared_address(here), owner);
+    };
+    const uint32_t barrier = address_there(&sent), there = address_there(to);
+#pragma unroll
+    for (int i = 0; i < C::kDim / kWarp; ++i)
+      store_cluster_async(there + i * (kWarp / cluster) * 4, barrier, total[i]);
+    if (lane < cluster) {
+      store_cluster_async(address_there(&at->maximum), barrier, maximum);
+      store_cluster_async(address_there(&at->sum), barrier, sum);
+    }
+#endif
+  }
+  __syncthreads();
+#if __CUDA_ARCH__ >= 900
+  while (cluster > 1 && !mbarrier_try_wait(shared_address(&sent), 0)) {
+  }
+#endif
+
+  const Partials partials = partials_of<C::kRows>(a, division);
+  for (int row = warp; row < rows.rows; row += kWarps) {
+    for (int column = lane; column < share; column += kWarp) {
+      float maximum = kLowest, sum = 0.0f, total = 0.0f;
+#pragma unroll 8
+      for (int k = 0; k < cluster; ++k)
+        maximum = fmaxf(maximum, their_stats[k * C::kRows + row].maximum);
+#pragma unroll 8
+      for (int k = 0; k < cluster; ++k) {
+        const float factor = exp2_fast(their_stats[k * C::kRows + row].maximum - maximum);
+        sum += their_stats[k * C::kRows + row].sum * factor;
+        total += received[(k * C::kRows + row) * share + column] * factor;
+      }
+      const int dim = column * cluster + rank;
+      if (unit.splits == 1) {
+        store_out(a, rows.at(a, row) * C::kDim + dim, sum == 0.0f ? 0.0f : total / sum);
+        continue;
+      }
+      const int64_t at = int64_t{result} * C::kRows + row;
       partials.out[at * C::kDim + dim] = total;
       if (dim == 0) partials.stats[at] = {maximum, sum};
     }
@@ -235,7 +221,8 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks)
 /// A block a row of out: adds its partial results, a warp every kCombineWarps-th, then the warps.
 template <int kDim, int kRows>
 __global__ void __launch_bounds__(kCombineWarps* kWarp)
-    combine_kernel(const __grid_constant__ AttentionArgs a, Division division, int block_keys) {
+    combine_kernel(const __grid_constant__ AttentionArgs a,
+                   const __grid_constant__ Division division, int block_keys) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int heads = static_cast<int>(a.heads), kv_heads = static_cast<int>(a.kv_heads);
   const int group = heads / kv_heads;
@@ -243,12 +230,13 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp)
   const int query_head = static_cast<int>(blockIdx.x) - token * heads;
   const int b = token / static_cast<int>(a.seq), s = token - b * static_cast<int>(a.seq);
   // Lengths are older than attention_kernel: no need to wait for it.
-  int first = 0, parts = 0;
-  for_units(a, division, block_keys, [&](int sequence, int begin, int count) {
-    if (__ballot_sync(kAllLanes, sequence == b) == 0) return;
-    first = __shfl_sync(kAllLanes, begin, b % kWarp);
-    parts = __shfl_sync(kAllLanes, count, b % kWarp);
-  });
+  int first = 0, parts = division.splits;
+  if (a.batch > 1)
+    for_units(a, division, block_keys, [&](int sequence, int begin, int count) {
+      if (__ballot_sync(kAllLanes, sequence == b) == 0) return;
+      first = __shfl_sync(kAllLanes, begin, b % kWarp);
+      parts = __shfl_sync(kAllLanes, count, b % kWarp);
+    });
   wait_for_previous_grid();
   if (parts == 1) return;  // written by attention_kernel
 
@@ -256,7 +244,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp)
   const int64_t index = (int64_t{row / kRows} * kv_heads + query_head / group) * division.splits;
   const Partials partials = partials_of<kRows>(a, division);
   constexpr int kLaneDims = kDim / kWarp;
-  constexpr int kAtOnce = 4;  // loads under way
+  constexpr int kAtOnce = 8;  // loads under way
   float total[kLaneDims] = {};
   float sum = 0.0f, maximum = kLowest;
   for (int begin = warp; begin < parts; begin += kAtOnce * kCombineWarps) {
@@ -314,39 +302,40 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp)
 
 template <class C>
 void launch_attention(const AttentionArgs& a, Stream stream) {
-  const Division division = divide<C>(a);
-  launch_early(&attention_kernel<C>, int64_t{division.row_blocks} * a.kv_heads * division.splits,
-               kThreads, C::kSharedBytes, stream, a, division);
+  const Division d = divide<C>(a);
+  launch_clusters(&attention_kernel<C>, int64_t{d.row_blocks} * a.kv_heads * d.splits * d.cluster,
+                  d.cluster, kThreads, shared_bytes<C>(d), stream, a, d);
+  if (a.batch == 1 && d.splits == 1) return;
   launch_early(&combine_kernel<C::kDim, C::kRows>, a.batch * a.seq * a.heads, kCombineWarps * kWarp,
-               0, stream, a, division, C::kBlockKeys);
+               0, stream, a, d, C::kBlockKeys);
 }
 
 /// Calls body(Config) of the kernel for the given shape.
-template <int kDim, class Body>
-void with_config(int64_t rows, int bits, DType dtype, const Body& body) {
-  const auto with_bits = [&](auto bits_constant) {
-    constexpr int kBits = decltype(bits_constant)::value;
-    if (dtype == DType::f32) return body(Config<kDim, kBits, 1, true>{});
-    if (rows > kMmaColumns) return body(Config<kDim, kBits, 2, false>{});
-    return body(Config<kDim, kBits, 1, false>{});
-  };
-  if (bits == 4) return with_bits(std::integral_constant<int, 4>{});
-  with_bits(std::integral_constant<int, 8>{});
+template <int kDim, int kBits, bool kPaged, class Body>
+void with_config(const AttentionArgs& a, const Body& body) {
+  if (a.dtype == DType::f32) return body(Config<kDim, kBits, 1, true, kPaged>{});
+  if (a.seq * (a.heads / a.kv_heads) > kMmaColumns)
+    return body(Config<kDim, kBits, 2, false, kPaged>{});
+  return body(Config<kDim, kBits, 1, false, kPaged>{});
 }
-
+template <int kDim, class Body>
+void with_config(const AttentionArgs& a, const Body& body) {
+  const bool paged = a.pages.table != nullptr;
+  if (a.bits == 4)
+    return paged ? with_config<kDim, 4, true>(a, body) : with_config<kDim, 4, false>(a, body);
+  return paged ? with_config<kDim, 8, true>(a, body) : with_config<kDim, 8, false>(a, body);
+}
 template <class Body>
-void with_config(int64_t seq, int64_t heads, int64_t kv_heads, int64_t head_dim, int bits,
-                 DType dtype, const Body& body) {
-  const int64_t rows = seq * (heads / kv_heads);
-  switch (head_dim) {
+void with_config(const AttentionArgs& a, const Body& body) {
+  switch (a.head_dim) {
     case 64:
-      return with_config<64>(rows, bits, dtype, body);
+      return with_config<64>(a, body);
     case 96:
-      return with_config<96>(rows, bits, dtype, body);
+      return with_config<96>(a, body);
     case 128:
-      return with_config<128>(rows, bits, dtype, body);
+      return with_config<128>(a, body);
     case 256:
-      return with_config<256>(rows, bits, dtype, body);
+      return with_config<256>(a, body);
     default:
       QUAROT_ASSERT(false, "attention: head_dim must be 64, 96, 128 or 256");
   }
@@ -360,7 +349,7 @@ bool attention_has(int64_t head_dim) {
 
 int64_t attention_workspace(const AttentionArgs& a) {
   int64_t floats = 0;
-  with_config(a.seq, a.heads, a.kv_heads, a.head_dim, a.bits, a.dtype, [&](auto config) {
+  with_config(a, [&](auto config) {
     using C = decltype(config);
     const Division d = divide<C>(a);
     floats = int64_t{d.row_blocks} * a.kv_heads * d.splits * C::kRows * (C::kDim + 2);
@@ -369,8 +358,7 @@ int64_t attention_workspace(const AttentionArgs& a) {
 }
 
 void attention(const AttentionArgs& a, Stream stream) {
-  with_config(a.seq, a.heads, a.kv_heads, a.head_dim, a.bits, a.dtype,
-              [&](auto config) { launch_attention<decltype(config)>(a, stream); });
+  with_config(a, [&](auto config) { launch_attention<decltype(config)>(a, stream); });
 }
 
 }  // namespace quarot::cuda

@@ -1,4 +1,4 @@
-// The fused quantizers on CUDA: one pass over memory, fp32 up to the code. Maths: kernels/
+// The fused quantizers on CUDA but head_hadamard_quantize: one pass over memory, fp32 up to the code. Maths: kernels/
 // fused_quantize.h and kernels/quantize.h.
 //
 // Layout and parallelisation: with a transform those of device/transform.cuh, ending in
@@ -107,11 +107,6 @@ void rmsnorm_rows(const RmsnormQuantizeArgs& args, Stream stream) {
 
 void hadamard_quantize(const HadamardQuantizeArgs& args, Stream stream) {
   hadamard_any<true>(args.x, args.matrix, 1, args.out, stream, "hadamard_quantize");
-}
-
-void head_hadamard_quantize(const HeadHadamardQuantizeArgs& args, Stream stream) {
-  hadamard_any<false>(args.x, args.matrix, args.head_dim, args.out, stream,
-                      "head_hadamard_quantize");
 }
 
 void rmsnorm_quantize(const RmsnormQuantizeArgs& args, Stream stream) {

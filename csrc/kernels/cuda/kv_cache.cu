@@ -2,10 +2,10 @@
 //
 // head_kernel: head_dim = 16 L, a power of two, rotary = head_dim, transform of the whole head or
 // none. A team of L lanes works on a token: it holds its cosines and sines in registers and goes
-// from head to head (queries, keys, values), loading the next one while it works on this one. Lane
-// l has dimensions 8 l ... 8 l + 7 of each half of a head, so that RoPE and all butterflies but
-// log2 L stay in registers; the others are shuffles. Few tokens: the heads are split over several
-// teams, in different blocks.
+// from head to head (queries, keys, values), while the next kAhead ones are on their way into
+// shared memory, to the threads that asked for them: no barrier. Lane l has dimensions 8 l ... 8 l
+// + 7 of each half of a head, so that RoPE and all butterflies but log2 L stay in registers; the
+// others are shuffles. Few tokens: the heads are split over several teams, in different blocks.
 //
 // any_head_kernel: all other shapes; a warp a head, in shared memory. (One file, if a long one: the
 // two share the quantizer and the layouts.)
@@ -29,6 +29,7 @@ namespace {
 // ---- Config -------------------------------------------------------------------------------------
 
 constexpr int kThreads = 128;
+constexpr int kAhead = 3;          // heads in flight
 constexpr int kBlocksWanted = 48;  // a multiprocessor, where there is enough to do
 constexpr int64_t kLeastHeads = 12;
 constexpr float kScaleMin = 0x1p-14f;  // the smallest normal fp16
@@ -131,6 +132,9 @@ template <DType kDtype, int kLanes>
 __global__ void __launch_bounds__(kThreads, 5)
     head_kernel(const __grid_constant__ KvAppendArgs a, const __grid_constant__ HeadPlan plan) {
   constexpr int kHeadDim = 16 * kLanes;
+  // A thread's chunks, of two halves, are its own: [kAhead][words][kThreads].
+  constexpr int kWords = sizeof(Chunk<kDtype>) / sizeof(uint4);
+  __shared__ uint4 ring[kAhead][2 * kWords][kThreads];
   wait_for_previous_grid();
   start_next_grid();
   const int heads = static_cast<int>(a.heads), kv_heads = static_cast<int>(a.kv_heads);
@@ -151,24 +155,33 @@ __global__ void __launch_bounds__(kThreads, 5)
            (b * x.batch_stride + s * x.seq_stride + first) * bytes_of(kDtype);
   };
   const char* from = nullptr;
-  Chunk<kDtype> next[2];
   const auto load_next = [&](int head) {
-    const int values = heads + kv_heads;
-    const int of_kind = head < heads ? 0 : head < values ? heads : values;
-    const HeadVectors& x = head < heads ? a.q : head < values ? a.k : a.v;
-    if (head == begin || head == of_kind) {
-      from = start_of(x) + (head - of_kind) * x.head_stride * bytes_of(kDtype);
-    } else {
-      from += x.head_stride * bytes_of(kDtype);
+    if (head < end) {
+      const int values = heads + kv_heads;
+      const int of_kind = head < heads ? 0 : head < values ? heads : values;
+      const HeadVectors& x = head < heads ? a.q : head < values ? a.k : a.v;
+      if (head == begin || head == of_kind) {
+        from = start_of(x) + (head - of_kind) * x.head_stride * bytes_of(kDtype);
+      } else {
+        from += x.head_stride * bytes_of(kDtype);
+      }
+      uint4(&slot)[2 * kWords][kThreads] = ring[static_cast<unsigned>(head - begin) % kAhead];
+#pragma unroll
+      for (int w = 0; w < 2 * kWords; ++w) {
+        cp_async_16(shared_address(&slot[w][threadIdx.x]),
+                    from + (w / kWords * (kHeadDim / 2) * bytes_of(kDtype) + w % kWords * 16));
+      }
     }
-    next[0] = load_chunk<kDtype>(from, 0);
-    next[1] = load_chunk<kDtype>(from, kHeadDim / 2);
+    cp_async_commit();
   };
-  load_next(begin);
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) load_next(begin + i);
 
   const int64_t position = int64_t{a.start[b]} + s;
-  const bool stored = active && position >= 0 && position < a.capacity;
-  const int64_t first_slot = int64_t{b} * kv_heads * a.capacity + position;
+  bool stored = active && position >= 0 && position < a.capacity;
+  TokenPlace place{};
+  if (stored) place = place_of(a.pages, kv_heads, a.capacity, b, position);
+  stored = stored && place.first >= 0;
   char* q_out = static_cast<char*>(a.q_out) +
                 ((int64_t{token} * heads + begin) * kHeadDim + first) * bytes_of(kDtype);
   // Dimensions p and q, half a head apart, become p m[0] + q m[1] and p m[2] + q m[3]: RoPE, and
@@ -198,11 +211,17 @@ __global__ void __launch_bounds__(kThreads, 5)
   const auto run = [&](auto kind, int first_head, int from, int to) {
     constexpr Kind kKind = decltype(kind)::value;
     for (int head = from; head < to; ++head) {
-      const Chunk<kDtype> raw[2] = {next[0], next[1]};
-      if (head + 1 < end) load_next(head + 1);
+      cp_async_wait<kAhead - 1>();
+      Chunk<kDtype> raw[2];
+#pragma unroll
+      for (int w = 0; w < 2 * kWords; ++w) {
+        raw[w / kWords].words[w % kWords] =
+            ring[static_cast<unsigned>(head - begin) % kAhead][w][threadIdx.x];
+      }
       float x[2][kChunk];
       to_floats<kDtype>(x[0], raw[0]);
       to_floats<kDtype>(x[1], raw[1]);
+      load_next(head + kAhead);  // where this head was: its values are in registers
       if constexpr (kKind != Kind::value) {
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) {
@@ -237,7 +256,7 @@ __global__ void __launch_bounds__(kThreads, 5)
         }
         const KvCache& cache = kKind == Kind::key ? a.k_cache : a.v_cache;
         const KvGrid grid = kv_grid(range, kKind == Kind::key ? a.k_clip : a.v_clip, a.bits);
-        const int64_t slot = first_slot + (head - first_head) * a.capacity;
+        const int64_t slot = place.first + (head - first_head) * place.apart;
         if (!stored) continue;
         uint8_t* codes = cache.codes + slot * (kHeadDim * a.bits / 8);
         store_kv_codes(codes, first, a.bits, x[0], grid.grid);
@@ -329,7 +348,9 @@ __global__ void __launch_bounds__(kThreads)
   }
   const int64_t position = a.start[b] + s;
   if (position < 0 || position >= a.capacity) return;
-  const int64_t slot = (b * kv_heads + head) * a.capacity + position;
+  const TokenPlace place = place_of(a.pages, kv_heads, a.capacity, b, position);
+  if (place.first < 0) return;
+  const int64_t slot = place.first + head * place.apart;
   Range range;
   for (int i = lane * kChunk; i < n; i += kWarp * kChunk) {
     const float v[kChunk] = {x[i],     x[i + 1], x[i + 2], x[i + 3],

@@ -7,6 +7,7 @@
 #include "kernels/cuda/device/launch.cuh"
 #include "kernels/cuda/device/linear_int4.cuh"
 #include "kernels/cuda/device/linear_int4_mma.cuh"
+#include "kernels/cuda/sm90/linear_int4_grouped.h"
 #include "kernels/cuda/sm90/linear_int4_prefill.h"
 #include "kernels/linear_int4.h"
 
@@ -74,11 +75,10 @@ constexpr Choice choice(int64_t tokens, int64_t channels) {
 }
 constexpr int64_t kAny = int64_t{1} << 62;
 
-/// Whether sm_90a's kernel for many tokens is the faster one: its tiles have 64 tokens or
-/// more, but it splits the columns where there are few channels.
-bool is_prefill(const LinearInt4Args& args) {
-  return args.m > 32 || (args.m > 16 && args.n <= 8192);
-}
+/// From so many tokens sm_90a's kernel for many tokens is the faster one.
+constexpr int64_t kPrefillTokens = 17;
+/// The same of its kernels for scales of groups.
+constexpr int64_t kGroupedTokens = 9;
 
 // Measured on an H200 (benchmarks/bench_linear_int4.py). Few channels: small blocks, so that all
 // processors have some.
@@ -86,7 +86,8 @@ constexpr Choice kPerChannel[] = {
     choice<MmaConfig<2, 1, 1, 8, 2, 4, 2>>(8, 4096),
     choice<MmaConfig<4, 1, 1, 16, 1, 4, 1>>(8, 8192),
     choice<MmaConfig<2, 1, 1, 8, 1, 4, 4>>(8, 16384),
-    choice<MmaConfig<4, 1, 1, 4, 1, 4, 4>>(8, kAny),
+    choice<MmaConfig<4, 1, 1, 4, 1, 4, 4>>(8, 28000),
+    choice<MmaConfig<2, 1, 1, 8, 1, 4, 4>>(8, kAny),
     choice<MmaConfig<2, 2, 1, 8, 1, 4, 3>>(16, 4096),
     choice<MmaConfig<4, 2, 1, 8, 1, 4, 2>>(16, 8192),
     choice<MmaConfig<3, 2, 2, 4, 1, 4, 2>>(16, 12288),
@@ -170,7 +171,10 @@ void linear_int4(const LinearInt4Args& args, Stream stream) {
                 "linear_int4: with packed x, groups must be multiples of 64 columns");
   QUAROT_ASSERT(args.x_zero == nullptr || args.w_sum != nullptr, "linear_int4: x_zero needs w_sum");
   if (args.m == 0) return;
-  if (is_prefill(args) && !args.x_packed && linear_int4_prefill_fits(args)) {
+  if (!args.x_packed && args.m >= kGroupedTokens && linear_int4_grouped_fits(args)) {
+    return linear_int4_grouped(args, stream);
+  }
+  if (!args.x_packed && args.m >= kPrefillTokens && linear_int4_prefill_fits(args)) {
     return linear_int4_prefill(args, stream);
   }
   QUAROT_ASSERT(run(args, stream), "linear_int4: no kernel fits this device's shared memory");

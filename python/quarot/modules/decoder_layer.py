@@ -12,7 +12,7 @@ translates, so there is never more than one copy of the weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,21 @@ class DecoderLayer(nn.Module):
                 for name in self._linears
             }
         )
+        # A token's step is ten op calls of some microseconds: what they need and never changes is
+        # looked up once. Modules in a plain dict are not registered a second time.
+        self._norms = {
+            name: cast(canonical.NormWeight, self.get_submodule(path))
+            for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")
+            if (path := getattr(a, name)) is not None
+        }
+        self._fused_linears = dict(self.kernels.items())
+        self._codes = {site: self._quantizer(site) for site in ("qkv", "o", "up_gate", "down")}
+        self._append_options = {
+            "bits": config.kv_bits,
+            "size": self.r3_size,
+            "k_clip": config.clip("k", index),
+            "v_clip": config.clip("v", index),
+        }
         self.register_load_state_dict_post_hook(_fuse_again)
 
     # --- weights --------------------------------------------------------------------------------
@@ -187,29 +202,25 @@ class DecoderLayer(nn.Module):
         if position_embeddings is None:
             raise ValueError("position_embeddings: got None, needs (cos, sin)")
         ops, geometry, dtype = backend_ops(self.backend), self.geometry, hidden_states.dtype
+        linears, codes, eps = self._fused_linears, self._codes, geometry.norm_eps
 
-        x = ops.rmsnorm_quantize(
-            hidden_states, self._norm("attention_norm"), geometry.norm_eps, **self._codes("qkv")
-        )
-        qkv = self.kernels["qkv"](*x, out_dtype=dtype)
+        x = ops.rmsnorm_quantize(hidden_states, self._norm("attention_norm"), eps, **codes["qkv"])
+        qkv = linears["qkv"](*x, out_dtype=dtype)
         heads = qkv.unflatten(-1, (-1, geometry.head_dim))
-        q, k, v = heads.split([geometry.heads, geometry.kv_heads, geometry.kv_heads], dim=2)
-        if self.architecture.q_norm is not None:
-            q = ops.rmsnorm_quantize(q, self._norm("q_norm"), geometry.norm_eps, bits=16)[0]
-        if self.architecture.k_norm is not None:
-            k = ops.rmsnorm_quantize(k, self._norm("k_norm"), geometry.norm_eps, bits=16)[0]
+        sizes = [geometry.heads, geometry.kv_heads, geometry.kv_heads]
+        q, k, v = torch.split_with_sizes(heads, sizes, 2)
+        if "q_norm" in self._norms:
+            q = ops.rmsnorm_quantize(q, self._norm("q_norm"), eps, bits=16)[0]
+        if "k_norm" in self._norms:
+            k = ops.rmsnorm_quantize(k, self._norm("k_norm"), eps, bits=16)[0]
         mixed = self._attend(q, k, v, position_embeddings, attention_mask, past_key_values)
-        x = ops.head_hadamard_quantize(mixed, self.head_block, **self._codes("o"))
-        hidden_states = self.kernels["o"](*x, hidden_states, out_dtype=dtype)
+        x = ops.head_hadamard_quantize(mixed, self.head_block, **codes["o"])
+        hidden_states = linears["o"](*x, hidden_states, out_dtype=dtype)
 
-        x = ops.rmsnorm_quantize(
-            hidden_states, self._norm("mlp_norm"), geometry.norm_eps, **self._codes("up_gate")
-        )
-        gate_up = self.kernels["gate_up"](*x, out_dtype=dtype)
-        x = ops.glu_hadamard_quantize(
-            gate_up, geometry.activation, self.r4_size, **self._codes("down")
-        )
-        return self.kernels["down"](*x, hidden_states, out_dtype=dtype)
+        x = ops.rmsnorm_quantize(hidden_states, self._norm("mlp_norm"), eps, **codes["up_gate"])
+        gate_up = linears["gate_up"](*x, out_dtype=dtype)
+        x = ops.glu_hadamard_quantize(gate_up, geometry.activation, self.r4_size, **codes["down"])
+        return linears["down"](*x, hidden_states, out_dtype=dtype)
 
     def _attend(
         self,
@@ -240,22 +251,10 @@ class DecoderLayer(nn.Module):
             cache = QuantizedLayer(self.cache_spec, max_cache_len=tokens)
         else:
             cache = adopt(past_key_values, self.index, self.cache_spec)
-        cache.reserve(batch, tokens, q.device)
+        start, lengths = cache.reserve(batch, tokens, q.device)
         ops = backend_ops(self.backend)
-        bits = self.config.kv_bits
-        q = ops.rope_hadamard_kv_append(
-            q,
-            k,
-            v,
-            cos,
-            sin,
-            *cache.buffers,
-            cache.lengths,
-            bits=bits,
-            size=self.r3_size,
-            k_clip=self.config.clip("k", self.index),
-            v_clip=self.config.clip("v", self.index),
-        )
+        buffers = cache.buffers
+        q = ops.rope_hadamard_kv_append(q, k, v, cos, sin, *buffers, start, **self._append_options)
         cache.advance(tokens)
         if not attention.is_padding(mask, tokens):
             keys, values = cache.dequantize(q.dtype)
@@ -264,18 +263,20 @@ class DecoderLayer(nn.Module):
             mask = masks.kernel_mask(mask, batch, tokens, cache.length, cache.capacity)
         return ops.attention(
             q,
-            *cache.buffers,
-            cache.lengths,
+            *buffers,
+            lengths,
             mask,
-            bits=bits,
+            bits=self.config.kv_bits,
             scale=scale,
-            length=cache.length,
+            length=cache.known_length,
         )
 
     def _norm(self, name: str) -> Tensor:
-        return self.get_parameter(getattr(self.architecture, name) + ".weight")
+        weight = self._norms[name].weight
+        assert isinstance(weight, Tensor)
+        return weight
 
-    def _codes(self, site: str) -> dict[str, Any]:
+    def _quantizer(self, site: str) -> dict[str, Any]:
         """How the activations at `site` are quantized, as the ops' keyword arguments."""
         config = self.config
         return {

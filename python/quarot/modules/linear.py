@@ -22,6 +22,14 @@ BACKENDS: dict[str, ModuleType] = {"kernel": ops, "reference": reference}
 """Name of a backend -> its ops."""
 
 
+_moves = 0
+
+
+def moves() -> int:
+    """Return how often weights took another place in memory: what a CUDA graph must know."""
+    return _moves
+
+
 def backend_ops(backend: str) -> ModuleType:
     """Return the module of ops that `backend` names; raise ValueError on an unknown one."""
     if backend not in BACKENDS:
@@ -60,6 +68,7 @@ class QuantizedLinear(nn.Module):
 
     def fuse(self, parts: Sequence[CanonicalLinear]) -> None:
         """Take the weights out of `parts` into the kernel buffers."""
+        _count_move()
         taken = [part.take() for part in parts]
 
         def stack(name: str) -> Tensor:
@@ -84,6 +93,7 @@ class QuantizedLinear(nn.Module):
 
     def unfuse(self, parts: Sequence[CanonicalLinear]) -> None:
         """Move the weights back into `parts`."""
+        _count_move()
         for part, tensors in zip(parts, self.canonical(), strict=True):
             part.put(tensors)
         self.weight = self.weight_scale = self.weight_sum = self.bias = None
@@ -123,14 +133,15 @@ class QuantizedLinear(nn.Module):
         """
         run = backend_ops(self.backend)
         if self.bits == 4 and x_scale is not None:
+            held = self._buffers  # not by attribute: nn.Module looks there last
             return run.linear_int4(
                 x,
                 x_scale,
                 x_zero,
-                self.weight,
-                self.weight_scale,
-                self.weight_sum,
-                self.bias,
+                held["weight"],
+                held["weight_scale"],
+                held["weight_sum"],
+                held["bias"],
                 residual,
                 out_dtype=out_dtype,
             )
@@ -156,6 +167,7 @@ class QuantizedLinear(nn.Module):
         return f"in_features={self.in_features}, rows={self.rows}, bits={self.bits}, {self.backend}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        _count_move()
         # The kernel layout belongs to a device: it travels by rows and is packed again there.
         packed = self.weight if self.bits == 4 else None
         if packed is None or check_dtype(fn, packed.device) == packed.device:
@@ -166,3 +178,8 @@ class QuantizedLinear(nn.Module):
         apply_but_scale(self, fn, recurse)
         self.weight = backend_ops(self.backend).prepack_int4(rows)
         return self
+
+
+def _count_move() -> None:
+    global _moves
+    _moves += 1

@@ -312,6 +312,7 @@ def rope_hadamard_kv_append(
     factor: Tensor | None = None,
     k_clip: float = 0.95,
     v_clip: float = 0.95,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Apply RoPE and R3 to q and k, append k and v to the quantized cache in place, return q.
 
@@ -324,6 +325,11 @@ def rope_hadamard_kv_append(
         bits: 4 or 8, asymmetric, one scale a token and head.
         size: Hadamard block over the head dimension (R3), orthonormal; 1 = none.
         k_clip, v_clip: clip ratios.
+        block_table: int32 [B, columns] on the device; the cache is then paged: B is the number of
+            blocks in the shapes above, the capacity that of a block, a multiple of 16. Tokens
+            i * capacity and on of row b stand in block block_table[b, i], up to the next i; entries
+            that are not used may be anything. A block that does not exist is an error on a CPU; on
+            CUDA its tokens are not written.
 
     Returns:
         The rotated q, [B, S, H, D] in its dtype.
@@ -332,7 +338,7 @@ def rope_hadamard_kv_append(
     size, factor, _ = _fill(q, size, factor, None)
     return torch.ops.quarot.rope_hadamard_kv_append(
         q, k, v, cos, sin, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, start,
-        bits, size, factor, k_clip, v_clip,
+        bits, size, factor, k_clip, v_clip, block_table,
     )  # fmt: skip
 
 
@@ -350,6 +356,8 @@ def attention(
     bits: int,
     scale: float,
     length: int | None = None,
+    window: int | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Attend causally to the quantized cache: softmax(scale * q k^T) v, softmax in float32.
 
@@ -363,14 +371,19 @@ def attention(
         length: the length of all rows, where the host knows it; prefill on CUDA then needs no mask
             to see `lengths` with. It must equal every entry of `lengths`: checked on a CPU, taken
             as true on CUDA.
+        window: keys that a query sees at most, its own the last: query s also needs
+            j > lengths - S + s - window. None = all.
+        block_table: as `rope_hadamard_kv_append` has it. A block that does not exist makes NaN of
+            what sees it on CUDA.
 
     Returns:
         [B, S, H, D] in q's dtype; a query that sees nothing is 0.
     """
     _no_grad("attention", q)
     return torch.ops.quarot.attention(
-        q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, lengths, mask, bits, scale, length
-    )
+        q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, lengths, mask,
+        bits, scale, length, window, block_table,
+    )  # fmt: skip
 
 
 def kernels() -> dict[str, dict[str, str]]:

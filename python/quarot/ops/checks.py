@@ -14,6 +14,7 @@ from torch import Tensor
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _K_MULTIPLE = 32  # columns of a linear's weights
+_PAGE_MULTIPLE = 16  # tokens of a paged cache's block
 
 
 def require(condition: bool, needs: str, got: Any) -> None:
@@ -123,6 +124,7 @@ def cache(
     v_scale: Tensor,
     v_zero: Tensor,
     bits: int,
+    block_table: Tensor | None = None,
 ) -> None:
     """Check queries [batch, seq, heads, head_dim] and the quantized cache that they belong to."""
     require(bits in (4, 8), "bits must be 4 or 8", bits)
@@ -130,7 +132,7 @@ def cache(
     require(q.ndim == 4, "q must be [batch, seq, heads, head_dim]", q)
     batch, dim = q.shape[0], q.shape[3]
     tensor("k_codes", k_codes, torch.uint8)
-    belongs = k_codes.ndim == 4 and k_codes.shape[0] == batch
+    belongs = k_codes.ndim == 4 and (block_table is not None or k_codes.shape[0] == batch)
     belongs = belongs and k_codes.shape[3] * 8 == dim * bits
     needs = f"k_codes must belong to {batch} sequence(s) and head_dim {dim}, as q does, at {bits}"
     require(belongs, f"{needs} bits", k_codes)
@@ -145,6 +147,22 @@ def cache(
     ):
         tensor(name, part, dtype, shape)
         require(part.is_contiguous(), f"{name} must be contiguous", part)
+    if block_table is not None:
+        tensor("block_table", block_table, torch.int32)
+        table = block_table.ndim == 2 and block_table.shape[0] == batch
+        require(table, f"block_table must be [{batch}, blocks of a sequence]", block_table)
+        size = k_codes.shape[2]
+        needs = f"k_codes: blocks must be of a multiple of {_PAGE_MULTIPLE} tokens"
+        require(size > 0 and size % _PAGE_MULTIPLE == 0, needs, k_codes)
+
+
+def blocks(block_table: Tensor, codes: Tensor, lengths: Tensor) -> None:
+    """Check that a paged cache has the blocks that hold the first `lengths` tokens of each row."""
+    held, size = codes.shape[0], codes.shape[2]
+    for b, (row, length) in enumerate(zip(block_table.tolist(), lengths.tolist(), strict=True)):
+        for i, block in enumerate(row[: -(-length // size)]):
+            needs = f"block_table[{b}, {i}] must be a block between 0 and {held - 1}"
+            require(0 <= block < held, needs, block)
 
 
 def appended(

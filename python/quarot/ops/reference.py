@@ -312,9 +312,10 @@ def rope_hadamard_kv_append(
     factor: Tensor | None = None,
     k_clip: float = 0.95,
     v_clip: float = 0.95,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Rotate q and k, quantize k and v, write them at `start` of the cache; return q."""
-    checks.cache(q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, bits)
+    checks.cache(q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, bits, block_table)
     checks.appended(q, k, v, cos, sin, k_codes.shape[1], start)
     for name, clip in (("k_clip", k_clip), ("v_clip", v_clip)):
         checks.require(0 < clip <= 1, f"{name} must be in (0, 1]", clip)
@@ -322,10 +323,15 @@ def rope_hadamard_kv_append(
     position = start.long()[:, None] + torch.arange(tokens, device=k.device)
     if k.device.type == "cpu" and tokens and batch:  # elsewhere this would wait for the device
         first, last = int(start.min()), int(start.max()) + tokens
-        fits = first >= 0 and last <= k_codes.shape[2]
-        needs = f"start: the {tokens} token(s) must fit a capacity of {k_codes.shape[2]}"
+        capacity = k_codes.shape[2] * (1 if block_table is None else block_table.shape[1])
+        fits = first >= 0 and last <= capacity
+        needs = f"start: the {tokens} token(s) must fit a capacity of {capacity}"
         checks.require(fits, needs, start.tolist())
     row = torch.arange(batch, device=k.device)[:, None]
+    if block_table is not None:
+        checks.blocks(block_table, k_codes, start + tokens)
+        row = block_table.long().gather(1, position // k_codes.shape[2])
+        position = position % k_codes.shape[2]
     q_rotated = _transform(rope(q, cos.unsqueeze(2), sin.unsqueeze(2)), size, None, factor)
     k_rotated = _transform(rope(k, cos.unsqueeze(2), sin.unsqueeze(2)), size, None, factor)
     for x, clip, cache in (
@@ -351,9 +357,18 @@ def attention(
     bits: int,
     scale: float,
     length: int | None = None,
+    window: int | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Causal softmax attention of q [B, S, H, D] over the quantized cache, in float32."""
-    checks.cache(q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, bits)
+    checks.cache(q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, bits, block_table)
+    checks.require(window is None or window > 0, "window must be at least 1", window)
+    if block_table is not None:
+        checks.blocks(block_table, k_codes, lengths)
+        k_codes, k_scale, k_zero, v_codes, v_scale, v_zero = (
+            _gather_blocks(x, block_table)
+            for x in (k_codes, k_scale, k_zero, v_codes, v_scale, v_zero)
+        )
     batch, queries, heads, dim = q.shape
     kv_heads, capacity = k_codes.shape[1:3]
     length = checks.visible(q, kv_heads, capacity, lengths, mask, length)
@@ -373,7 +388,10 @@ def attention(
         end = min(begin + block, queries)
         seen = max(length - queries + end, 1)  # no query of the block looks beyond
         offset = torch.arange(begin, end, device=q.device) - queries
-        visible = column[:seen] <= (lengths[:, None] + offset)[..., None]
+        last = (lengths[:, None] + offset)[..., None]
+        visible = column[:seen] <= last
+        if window is not None:
+            visible = visible & (column[:seen] > last - window)
         visible = visible[:, None]  # [B, 1, end - begin, seen]
         if mask is not None:
             visible = visible & mask[:, :, begin:end, :seen]
@@ -388,6 +406,13 @@ def attention(
             part.masked_fill_(hit, torch.nan)
         out[:, :, :, begin:end] = part
     return out.flatten(1, 2).permute(0, 2, 1, 3).to(q.dtype).contiguous()
+
+
+def _gather_blocks(x: Tensor, table: Tensor) -> Tensor:
+    """A paged cache's part [blocks, kv_heads, size, ...] as [B, kv_heads, columns * size, ...]."""
+    # Entries that are not used may name blocks that there are not.
+    blocks = x[table.long().clamp(0, x.shape[0] - 1)]
+    return blocks.transpose(1, 2).flatten(2, 3)
 
 
 def _wide(name: str, x: Tensor, bits: int, dims: int = 1) -> Tensor:

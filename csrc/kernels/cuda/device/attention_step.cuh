@@ -28,6 +28,7 @@
 #include <cstdint>
 
 #include "kernels/attention.h"
+#include "kernels/cuda/device/attention_plan.cuh"
 #include "kernels/cuda/device/mma.cuh"
 #include "kernels/cuda/device/reduce.cuh"
 #include "kernels/cuda/device/vec.cuh"
@@ -36,9 +37,7 @@ namespace quarot::cuda::decode {
 
 // ---- Config -------------------------------------------------------------------------------------
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kWarp;
-constexpr int kStages = 2;            // of a warp's ring; three were slower
+constexpr int kStages = 2;            // of a warp's ring; more were not faster
 constexpr int kTileKeys = kMmaRows;   // keys of one product
 constexpr float kTop = 15.0f;         // log2 of the largest weight: fp16 ends at 2^16
 constexpr float kRest = 8.0f;         // where a new maximum is put
@@ -48,10 +47,10 @@ constexpr int kQueryExponent = 13;  // of the largest query entry, after scaling
 constexpr float kFirstValueUnit = 0x1p30f;
 
 /// What a kernel is compiled for: kTiles * 8 query rows.
-template <int kDim_, int kBits_, int kTiles_, bool kExact_>
+template <int kDim_, int kBits_, int kTiles_, bool kExact_, bool kPaged_>
 struct Config {
   static constexpr int kDim = kDim_, kBits = kBits_, kTiles = kTiles_;
-  static constexpr bool kExact = kExact_;
+  static constexpr bool kExact = kExact_, kPaged = kPaged_;
   static constexpr int kRows = kTiles * kMmaColumns;
   static constexpr int kRowBytes = kDim * kBits / 8;
   static constexpr int kKeys = kRowBytes >= 128 ? 16 : 32;  // of a warp's step
@@ -89,7 +88,7 @@ struct Config {
   static constexpr int kOutStride = (kDim + 8 + 15) / 16 * 16 + 4;
   __device__ static constexpr int out_place(int dim) { return dim + dim / (kDim / 8); }
   static constexpr int kReduceBytes = kWarps * kRows * kOutStride * 4;
-  static constexpr int kSharedBytes =
+  static constexpr int kRingBytes =
       kWarps * kWarpBytes > kReduceBytes ? kWarps * kWarpBytes : kReduceBytes;
   static_assert(kStageBytes % 16 == 0 && kCodeBytes % (16 * kWarp) == 0 && kRowBytes % 16 == 0);
 
@@ -138,41 +137,49 @@ struct RowsOfBlock {
   }
 };
 
-__device__ __forceinline__ void load_query(float (&v)[kChunk], DType dtype, const void* q,
-                                           int64_t i) {
-  switch (dtype) {
-    case DType::f32:
-      return to_floats<DType::f32>(v, load_chunk<DType::f32>(q, i));
-    case DType::f16:
-      return to_floats<DType::f16>(v, load_chunk<DType::f16>(q, i));
-    case DType::bf16:
-      return to_floats<DType::bf16>(v, load_chunk<DType::bf16>(q, i));
-  }
-}
-
 /// The queries as B fragments, and what scores are made of them with.
 template <class C>
 struct Queries {
   static constexpr int kParts = C::kExact ? 2 : 1;
+  static constexpr DType kRaw = C::kExact ? DType::f32 : DType::f16;  // of as many bits as a query
+  static constexpr int kDims = C::kDim / 4;                           // of a row, in one lane
+  Chunk<kRaw> raw[C::kTiles][kDims / kChunk];
   uint32_t fragment[kParts][C::kTiles][C::kSteps][2];
   float sum[C::kTiles][2];  // of q, in units of the scores' sums, of the lane's columns
   float factor;             // of a score
 
+  /// Starts the reads, long before `convert` needs them.
   __device__ __forceinline__ void load(const AttentionArgs& a, const RowsOfBlock& rows) {
     const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-    constexpr int kWords = C::kKeyWords;
-    float v[C::kTiles][kWords * C::kWordDims];
-    float largest = 0.0f;
 #pragma unroll
     for (int n = 0; n < C::kTiles; ++n) {
       const int r = n * kMmaColumns + g;
       const int64_t from = r < rows.rows ? rows.at(a, r) * C::kDim : -1;
 #pragma unroll
-      for (int i = 0; i < kWords * C::kWordDims; i += kChunk) {
+      for (int i = 0; i < kDims; i += kChunk) {
         constexpr int kVectorDims = C::kKeyVector * C::kWordDims;
         const int dim = (i / kVectorDims * 4 + t) * kVectorDims + i % kVectorDims;
-        float chunk[kChunk] = {};
-        if (from >= 0) load_query(chunk, a.dtype, a.q, from + dim);
+        raw[n][i / kChunk] = from >= 0 ? load_chunk<kRaw>(a.q, from + dim) : Chunk<kRaw>{};
+      }
+    }
+  }
+
+  __device__ __forceinline__ void convert(const AttentionArgs& a) {
+    const int t = threadIdx.x % 4;
+    float v[C::kTiles][kDims];
+    float largest = 0.0f;
+#pragma unroll
+    for (int n = 0; n < C::kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < kDims; i += kChunk) {
+        float chunk[kChunk];
+        if (kRaw == DType::f16 && a.dtype == DType::bf16) {
+          Chunk<DType::bf16> same;
+          same.words[0] = raw[n][i / kChunk].words[0];
+          to_floats<DType::bf16>(chunk, same);
+        } else {
+          to_floats<kRaw>(chunk, raw[n][i / kChunk]);
+        }
 #pragma unroll
         for (int e = 0; e < kChunk; ++e) {
           v[n][i + e] = chunk[e];
@@ -231,11 +238,15 @@ struct Param {
 template <class C>
 class Copier {
  public:
-  __device__ __forceinline__ Copier(const AttentionArgs& a, unsigned char* ring, int64_t slots,
+  __device__ __forceinline__ Copier(const AttentionArgs& a, unsigned char* ring, int b, int head,
                                     int key, int end)
-      : a_(a), slots_(slots), lane_(threadIdx.x % kWarp), key_(key), end_(end) {
+      : a_(a), lane_(threadIdx.x % kWarp), key_(key), end_(end) {
+    if constexpr (C::kPaged) {
+      b_ = b, head_ = head;
+    } else {
+      slots_ = (int64_t{b} * static_cast<int>(a.kv_heads) + head) * a.capacity;
+    }
     ring_ = shared_address(ring);
-    offset_ = (slots + key) * C::kRowBytes + lane_ * 16;
     // Chunks of 16 bytes of k_scale, v_scale, k_zero, v_zero: a lane each.
     const bool scales = lane_ < 2 * kScaleChunks;
     const int index = scales ? lane_ : lane_ - 2 * kScaleChunks;
@@ -243,8 +254,16 @@ class Copier {
     const bool value = index >= count;
     const char* base = scales ? reinterpret_cast<const char*>(value ? a.v.scale : a.k.scale)
                               : reinterpret_cast<const char*>(value ? a.v.zero : a.k.zero);
-    raw_ = base + ((slots + key) << (scales ? 1 : 0)) + (index - (value ? count : 0)) * 16;
-    raw_step_ = kStepKeys << (scales ? 1 : 0);
+    const int chunk = index - (value ? count : 0);
+    raw_half_ = chunk / (scales ? 2 : 1);
+    raw_shift_ = scales ? 1 : 0;
+    raw_step_ = C::kBlockKeys << raw_shift_;
+    raw_ = base + chunk * 16 - (raw_half_ * kPageMultiple << raw_shift_);
+    if constexpr (!C::kPaged) {
+      const int64_t slot = slot_of(key);
+      offset_ = slot * C::kRowBytes + lane_ * 16;
+      raw_ += (slot + raw_half_ * kPageMultiple) << raw_shift_;
+    }
     aligned_ = __all_sync(kAllLanes, reinterpret_cast<uintptr_t>(raw_) % 16 == 0 ||
                                          lane_ >= 2 * (kScaleChunks + kZeroChunks));
   }
@@ -253,62 +272,108 @@ class Copier {
   /// become zeros.
   __device__ __forceinline__ void start() {
     const uint32_t stage = ring_ + stage_;
-    if (key_ + C::kKeys <= end_ && aligned_) {
+    if constexpr (C::kPaged) {
+      if (key_ < end_) start_paged(stage);
+    } else {
+      if (key_ + C::kKeys <= end_ && aligned_) {
 #pragma unroll
-      for (int i = 0; i < kCopies; ++i) {
-        cp_async_16(stage + place(i), a_.k.codes + offset_ + i * 16 * kWarp);
-        cp_async_16(stage + place(i) + C::kCodeBytes, a_.v.codes + offset_ + i * 16 * kWarp);
+        for (int i = 0; i < kCopies; ++i) {
+          cp_async_16(stage + place(i), a_.k.codes + offset_ + i * 16 * kWarp);
+          cp_async_16(stage + place(i) + C::kCodeBytes, a_.v.codes + offset_ + i * 16 * kWarp);
+        }
+        if (lane_ < 2 * (kScaleChunks + kZeroChunks)) {
+          cp_async_16(stage + 2 * C::kCodeBytes + lane_ * 16, raw_);
+        }
+      } else if (key_ < end_) {
+        start_partly(stage);
       }
-      if (lane_ < 2 * (kScaleChunks + kZeroChunks)) {
-        cp_async_16(stage + 2 * C::kCodeBytes + lane_ * 16, raw_);
-      }
-    } else if (key_ < end_) {
-      start_partly(stage);
+      offset_ += C::kBlockKeys * C::kRowBytes;  // the other warps' keys lie between
+      raw_ += raw_step_;
     }
     cp_async_commit();
-    key_ += kStepKeys;
-    offset_ += kStepKeys * C::kRowBytes;
-    raw_ += raw_step_;
+    key_ += C::kBlockKeys;
     stage_ = stage_ + C::kStageBytes == kStages * C::kStageBytes ? 0 : stage_ + C::kStageBytes;
   }
 
  private:
-  static constexpr int kStepKeys = kWarps * C::kKeys;  // the other warps' lie between
   static constexpr int kCopies = C::kCodeBytes / 16 / kWarp;
   static constexpr int kScaleChunks = C::kKeys / 8, kZeroChunks = C::kKeys / 16;
+  static constexpr int kHalves = C::kKeys / static_cast<int>(kPageMultiple);
+  static_assert(kHalves == 1 || kHalves == 2);
 
   __device__ __forceinline__ int place(int i) const {
     const int chunk = i * kWarp + lane_;
     return (chunk ^ C::swizzle(chunk * 16 / C::kRowBytes)) * 16;
   }
 
+  /// The slot of a key below end_, or -1: the block table names a block that there is not.
+  __device__ __forceinline__ int64_t slot_of(int key) const {
+    if constexpr (C::kPaged) {
+      const TokenPlace at = place_of(a_.pages, a_.kv_heads, a_.capacity, b_, key);
+      return at.first < 0 ? -1 : at.first + head_ * at.apart;
+    } else {
+      return slots_ + key;
+    }
+  }
+
+  __device__ __forceinline__ void start_paged(uint32_t stage) const {
+    int64_t slot[kHalves];  // of the 16 keys from there on
+    bool there = key_ + C::kKeys <= end_ && aligned_;
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h) {
+      const int key = key_ + h * static_cast<int>(kPageMultiple);
+      slot[h] = key < end_ ? slot_of(key) : -1;
+      there = there && slot[h] >= 0;
+    }
+    if (!there) return start_partly(stage);
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int half = (i * kWarp + lane_) * 16 / C::kRowBytes / static_cast<int>(kPageMultiple);
+      const int64_t from =
+          (half == 0 ? slot[0] : slot[kHalves - 1] - kPageMultiple) * C::kRowBytes +
+          (i * kWarp + lane_) * 16;
+      cp_async_16(stage + place(i), a_.k.codes + from);
+      cp_async_16(stage + place(i) + C::kCodeBytes, a_.v.codes + from);
+    }
+    if (lane_ < 2 * (kScaleChunks + kZeroChunks)) {
+      cp_async_16(stage + 2 * C::kCodeBytes + lane_ * 16,
+                  raw_ + ((raw_half_ == 0 ? slot[0] : slot[kHalves - 1]) << raw_shift_));
+    }
+  }
+
+  /// The same for any keys: some beyond the end, in no block, or at odd addresses.
   __device__ __forceinline__ void start_partly(uint32_t stage) const {
-    const int valid = end_ - key_;
 #pragma unroll 1
     for (int i = 0; i < kCopies; ++i) {
-      const bool in = (i * kWarp + lane_) * 16 / C::kRowBytes < valid;
-      const int64_t from = in ? offset_ + i * 16 * kWarp : 0;
-      cp_async_16_or_zero(stage + place(i), a_.k.codes + from, in);
-      cp_async_16_or_zero(stage + place(i) + C::kCodeBytes, a_.v.codes + from, in);
+      const int at = (i * kWarp + lane_) * 16, key = key_ + at / C::kRowBytes;
+      const int64_t slot = key < end_ ? slot_of(key) : -1;
+      const int64_t from = slot < 0 ? 0 : slot * C::kRowBytes + at % C::kRowBytes;
+      cp_async_16_or_zero(stage + place(i), a_.k.codes + from, slot >= 0);
+      cp_async_16_or_zero(stage + place(i) + C::kCodeBytes, a_.v.codes + from, slot >= 0);
     }
     if (lane_ >= C::kKeys) return;
-    const bool in = lane_ < valid;
-    const int64_t slot = slots_ + key_ + lane_;
+    constexpr uint16_t kNaN16 = 0x7e00;  // whoever sees a key in no block shall know
+    const bool in = key_ + lane_ < end_;
+    const int64_t slot = in ? slot_of(key_ + lane_) : -1;
+    const uint16_t none = in ? kNaN16 : uint16_t{0};
     unsigned char* raw =
         dynamic_shared() + (stage - shared_address(dynamic_shared())) + 2 * C::kCodeBytes;
     auto* scales = reinterpret_cast<uint16_t*>(raw);
-    scales[lane_] = in ? a_.k.scale[slot] : uint16_t{0};
-    scales[C::kKeys + lane_] = in ? a_.v.scale[slot] : uint16_t{0};
+    scales[lane_] = slot >= 0 ? a_.k.scale[slot] : none;
+    scales[C::kKeys + lane_] = slot >= 0 ? a_.v.scale[slot] : none;
     unsigned char* zeros = raw + C::kKeys * 4;
-    zeros[lane_] = in ? a_.k.zero[slot] : uint8_t{0};
-    zeros[C::kKeys + lane_] = in ? a_.v.zero[slot] : uint8_t{0};
+    zeros[lane_] = slot >= 0 ? a_.k.zero[slot] : uint8_t{0};
+    zeros[C::kKeys + lane_] = slot >= 0 ? a_.v.zero[slot] : uint8_t{0};
   }
 
   const AttentionArgs& a_;
-  int64_t slots_;   // the first of the sequence and head
-  int64_t offset_;  // of the lane's first chunk in the codes
-  const char* raw_;
-  int raw_step_, lane_, key_, end_, stage_ = 0;
+  int b_, head_;     // of a paged cache
+  int64_t slots_;    // else the first of the sequence and head,
+  int64_t offset_;   // and where the lane's first chunk is in the codes
+  const char* raw_;  // the lane's chunk, in a paged cache that of slot 0
+  int raw_step_, raw_half_, raw_shift_;
+  int lane_, key_, end_;
+  int stage_ = 0;
   uint32_t ring_;
   bool aligned_;
 };
@@ -519,7 +584,7 @@ struct Sight {
       if (row < rows.rows &&
           (row == 0 || a.mask_head_stride != 0 || (rows.first + row) % rows.group == 0)) {
         const int limit = length - static_cast<int>(a.seq) + s + 1;
-        bool visible = key + lane < limit;
+        bool visible = key + lane < limit && key + lane >= limit - static_cast<int>(a.window);
         if (a.mask != nullptr && visible) {
           visible =
               key + lane < a.mask_keys &&

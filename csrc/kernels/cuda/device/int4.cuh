@@ -166,28 +166,53 @@ __device__ __forceinline__ uint32_t code_word(const float* v, const Grid& grid, 
   return word;
 }
 
-/// Writes the codes of chunk `chunk`, 8 elements, of all rows; the range was clipped to no less
+/// Writes words to the place of the `run`-th such number of words.
+template <int kWords>
+__device__ __forceinline__ void store_words_once(void* to, int64_t run,
+                                                 const uint32_t (&words)[kWords]) {
+  static_assert(kWords == 1 || kWords == 2 || kWords % 4 == 0);
+  if constexpr (kWords == 1) {
+    __stcs(static_cast<uint32_t*>(to) + run, words[0]);
+  } else if constexpr (kWords == 2) {
+    __stcs(static_cast<uint2*>(to) + run, uint2{words[0], words[1]});
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      __stcs(static_cast<uint4*>(to) + (run * kWords + i) / 4,
+             uint4{words[i], words[i + 1], words[i + 2], words[i + 3]});
+    }
+  }
+}
+
+/// Writes the codes of run `run` of kCount elements of all rows; the range was clipped to no less
 /// than kLeastClip.
-template <Rounding kRounding>
-__device__ __forceinline__ void store_chunk_codes(const QuantizedRows& out, int64_t chunk,
-                                                  const float (&v)[kChunk], const Grid& grid) {
+template <Rounding kRounding, int kCount>
+__device__ __forceinline__ void store_run_codes(const QuantizedRows& out, int64_t run,
+                                                const float (&v)[kCount], const Grid& grid) {
   // u - half in two's complement: the highest bit of u flipped, where u fills its place.
   const int half = 1 << (out.bits - 1);
   if (out.packed) {
-    __stcs(static_cast<uint32_t*>(out.codes) + chunk,
-           code_word<4, kRounding>(v, grid, half) ^ 0x88888888u);
+    uint32_t words[kCount / 8];
+#pragma unroll
+    for (int i = 0; i < kCount / 8; ++i) {
+      words[i] = code_word<4, kRounding>(v + 8 * i, grid, half) ^ 0x88888888u;
+    }
+    store_words_once(out.codes, run, words);
   } else {
     const uint32_t fill = static_cast<uint32_t>(128 - half) * 0x01010101u;
-    __stcs(static_cast<uint2*>(out.codes) + chunk,
-           uint2{(code_word<8, kRounding>(v, grid, half) + fill) ^ 0x80808080u,
-                 (code_word<8, kRounding>(v + 4, grid, half) + fill) ^ 0x80808080u});
+    uint32_t words[kCount / 4];
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) {
+      words[i] = (code_word<8, kRounding>(v + 4 * i, grid, half) + fill) ^ 0x80808080u;
+    }
+    store_words_once(out.codes, run, words);
   }
 }
 /// The same, of elements [i, i + 8) of all rows.
 template <Rounding kRounding>
 __device__ __forceinline__ void store_codes(const QuantizedRows& out, int64_t i,
                                             const float (&v)[kChunk], const Grid& grid) {
-  store_chunk_codes<kRounding>(out, i / kChunk, v, grid);
+  store_run_codes<kRounding>(out, i / kChunk, v, grid);
 }
 
 }  // namespace quarot::cuda

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <unordered_map>
+
 #include "kernels/error.h"
 #include "kernels/types.h"
 
@@ -14,51 +16,68 @@ constexpr int kDefaultSharedBytes = 48 * 1024;
 constexpr int kReservedSharedBytes = 1024;
 
 struct DeviceLimits {
+  int device = -1;
   int processors;
   int block_shared_bytes;
   int processor_shared_bytes;
+  int compute_major;
   bool starts_early;  // programmatic dependent launch, sm_90
 };
 
-/// The current device's compute capability, without the minor number.
-inline int compute_major() {
-  int device = 0, major = 0;
+/// Of the current device: asked for when a thread comes to another device, not at each call.
+inline const DeviceLimits& device_limits() {
+  thread_local DeviceLimits limits;
+  int device = 0;
   QUAROT_CUDA_CHECK(cudaGetDevice(&device));
-  QUAROT_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return major;
+  if (device == limits.device) return limits;
+  const auto ask = [device](cudaDeviceAttr attribute) {
+    int value = 0;
+    QUAROT_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+    return value;
+  };
+  limits.processors = ask(cudaDevAttrMultiProcessorCount);
+  limits.block_shared_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  limits.processor_shared_bytes = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  limits.compute_major = ask(cudaDevAttrComputeCapabilityMajor);
+  limits.starts_early = limits.compute_major >= 9;
+  limits.device = device;
+  return limits;
 }
 
-inline DeviceLimits device_limits() {
-  int device = 0;
-  DeviceLimits limits{};
-  QUAROT_CUDA_CHECK(cudaGetDevice(&device));
+/// The current device's compute capability, without the minor number.
+inline int compute_major() { return device_limits().compute_major; }
+
+/// Lets blocks of a kernel have so much dynamic shared memory on the current device: the driver is
+/// asked once a thread, not at each call.
+inline void allow_shared(const void* kernel, int bytes) {
+  struct Allowed {
+    int device = -1, bytes = 0;
+  };
+  thread_local std::unordered_map<const void*, Allowed> kernels;
+  Allowed& allowed = kernels[kernel];
+  const int device = device_limits().device;
+  if (allowed.device == device && allowed.bytes >= bytes) return;
   QUAROT_CUDA_CHECK(
-      cudaDeviceGetAttribute(&limits.processors, cudaDevAttrMultiProcessorCount, device));
-  QUAROT_CUDA_CHECK(cudaDeviceGetAttribute(&limits.block_shared_bytes,
-                                           cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  QUAROT_CUDA_CHECK(cudaDeviceGetAttribute(&limits.processor_shared_bytes,
-                                           cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-  limits.starts_early = compute_major() >= 9;
-  return limits;
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  allowed = {device, bytes};
 }
 
 namespace detail {
 
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes, Stream stream,
-            cudaLaunchAttribute* attribute, const Args&... args) {
+            cudaLaunchAttribute* attributes, unsigned count, const Args&... args) {
   QUAROT_ASSERT(blocks < (int64_t{1} << 31), "too many rows for one launch");
   if (shared_bytes > kDefaultSharedBytes) {
-    QUAROT_CUDA_CHECK(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attribute;
-  config.numAttrs = attribute == nullptr ? 0 : 1;
+  config.attrs = attributes;
+  config.numAttrs = count;
   QUAROT_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
 }
 
@@ -75,7 +94,29 @@ void prefer_shared_memory(void (*kernel)(Params...)) {
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes, Stream stream,
             const Args&... args) {
-  detail::launch(kernel, blocks, threads, shared_bytes, stream, nullptr, args...);
+  detail::launch(kernel, blocks, threads, shared_bytes, stream, nullptr, 0, args...);
+}
+
+/// launch_early, in clusters of so many blocks (sm_90).
+template <class... Params, class... Args>
+void launch_clusters(void (*kernel)(Params...), int64_t blocks, int cluster, int threads,
+                     int shared_bytes, Stream stream, const Args&... args) {
+  constexpr int kPortable = 8;
+  if (cluster > kPortable) {
+    QUAROT_CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  }
+  cudaLaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (device_limits().starts_early) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
+  detail::launch(kernel, blocks, threads, shared_bytes, stream, attributes, count, args...);
 }
 
 /// Launches a kernel that begins with wait_for_previous_grid(): where the device can, its blocks
@@ -83,11 +124,7 @@ void launch(void (*kernel)(Params...), int64_t blocks, int threads, int shared_b
 template <class... Params, class... Args>
 void launch_early(void (*kernel)(Params...), int64_t blocks, int threads, int shared_bytes,
                   Stream stream, const Args&... args) {
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  detail::launch(kernel, blocks, threads, shared_bytes, stream,
-                 device_limits().starts_early ? &early : nullptr, args...);
+  launch_clusters(kernel, blocks, 1, threads, shared_bytes, stream, args...);
 }
 
 }  // namespace quarot::cuda

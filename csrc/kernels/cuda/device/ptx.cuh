@@ -37,8 +37,8 @@ __device__ __forceinline__ void cp_async_16_or_zero(uint32_t shared, const void*
                "r"(valid ? 16 : 0)
                : "memory");
 }
-/// shared[0, kBytes) <- global[0, kBytes), 8 or 16, through the L1: data that several warps of an
-/// SM read.
+/// shared[0, kBytes) <- global[0, kBytes), 4, 8 or 16, through the L1: data that several warps of
+/// an SM read.
 template <int kBytes>
 __device__ __forceinline__ void cp_async_l1(uint32_t shared, const void* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(global), "n"(kBytes)
@@ -141,6 +141,11 @@ __device__ __forceinline__ void mma_s4(int (&d)[4], const uint4& a, uint32_t b0,
 /// A barrier of its own number (1-15) for `threads` threads of the block.
 __device__ __forceinline__ void barrier_sync(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+/// Counts this thread at such a barrier without waiting: what it wrote is visible to those that
+/// wait.
+__device__ __forceinline__ void barrier_arrive(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
 // ---- Numbers ------------------------------------------------------------------------------------
@@ -255,6 +260,13 @@ __device__ __forceinline__ uint4 load_once(const uint4* p) {
                : "l"(p));
   return r;
 }
+__device__ __forceinline__ uint2 load_once(const uint2* p) {
+  uint2 r;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+               : "=r"(r.x), "=r"(r.y)
+               : "l"(p));
+  return r;
+}
 __device__ __forceinline__ void store_once(uint4* p, const uint4& v) {
   asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)
@@ -263,6 +275,13 @@ __device__ __forceinline__ void store_once(uint4* p, const uint4& v) {
 
 __device__ __forceinline__ void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+/// L2 <- `bytes`, a multiple of 16, from a multiple of 16; nothing before sm_90.
+__device__ __forceinline__ void bulk_prefetch_l2(const void* global, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+#endif
 }
 
 // ---- sm_90a: asynchronous copies, barriers in shared memory, warpgroups -------------------------
@@ -288,6 +307,10 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
+/// The same without waiting for this thread's writes to be visible.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -302,6 +325,14 @@ __device__ __forceinline__ void store_cluster(uint32_t cluster, const int4& v) {
   asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(cluster), "r"(v.x),
                "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
+}
+/// Stores a word asynchronously: completes 4 bytes on `barrier` of that block.
+__device__ __forceinline__ void store_cluster_async(uint32_t cluster, uint32_t barrier, float v) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
+          cluster),
+      "f"(v), "r"(barrier)
+      : "memory");
 }
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
@@ -350,6 +381,15 @@ __device__ __forceinline__ void tma_load_multicast(uint32_t shared, const void* 
       ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
       "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(blocks)
       : "memory");
+}
+__device__ __forceinline__ void tensor_map_prefetch(const void* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+/// L2 <- the map's box at (x, y).
+__device__ __forceinline__ void tma_prefetch_l2(const void* map, int x, int y) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(x),
+               "r"(y)
+               : "memory");
 }
 /// The map's box at (x, y) <- shared, as a part of this thread's current group of stores.
 __device__ __forceinline__ void tma_store(const void* map, int x, int y, uint32_t shared) {
@@ -416,6 +456,17 @@ __device__ __forceinline__ void wgmma_s8(int (&d)[64], const uint32_t (&a)[4], u
       : QUAROT_INOUT_16(d, 0), QUAROT_INOUT_16(d, 16), QUAROT_INOUT_16(d, 32), QUAROT_INOUT_16(d, 48)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
 }
+__device__ __forceinline__ void wgmma_s8(int (&d)[48], const uint32_t (&a)[4], uint64_t b, bool add) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %53, 0; "
+      "wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
+      "{%48, %49, %50, %51}, %52, p;}"
+      : QUAROT_INOUT_16(d, 0), QUAROT_INOUT_16(d, 16), QUAROT_INOUT_16(d, 32)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+}
 __device__ __forceinline__ void wgmma_s8(int (&d)[32], const uint32_t (&a)[4], uint64_t b, bool add) {
   asm volatile(
       "{.reg .pred p; setp.ne.b32 p, %37, 0; "
@@ -424,6 +475,23 @@ __device__ __forceinline__ void wgmma_s8(int (&d)[32], const uint32_t (&a)[4], u
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
       "{%32, %33, %34, %35}, %36, p;}"
       : QUAROT_INOUT_16(d, 0), QUAROT_INOUT_16(d, 16)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+}
+__device__ __forceinline__ void wgmma_s8(int (&d)[16], const uint32_t (&a)[4], uint64_t b, bool add) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %21, 0; "
+      "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "{%16, %17, %18, %19}, %20, p;}"
+      : QUAROT_INOUT_16(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+}
+__device__ __forceinline__ void wgmma_s8(int (&d)[8], const uint32_t (&a)[4], uint64_t b, bool add) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %13, 0; "
+      "wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, p;}"
+      : QUAROT_INOUT_4(d, 0), QUAROT_INOUT_4(d, 4)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
 }
 // clang-format on

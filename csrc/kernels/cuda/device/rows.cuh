@@ -7,7 +7,8 @@
 //   1. the range (and the norm's sum of squares), over the team: shuffles and one barrier;
 //   2. every thread makes the grid for itself, then codes from what it holds.
 //
-// A norm's inverse multiplies the range, so that step 1 finds both. Groups of
+// A norm's inverse multiplies the range, so that step 1 finds both; with a weight also the grid's
+// inverse, so that it costs no instruction an element. Groups of
 // 2^k chunks, 4 to 32, find their ranges by shuffles alone; a thread makes the grid of one of them.
 // A row that is longer than a team can hold is read again in each step, from the L2.
 // Rows of one warp: kSmallTeams a block, no barrier.
@@ -33,6 +34,8 @@ namespace quarot::cuda {
 constexpr int kSmallTeams = 4;
 /// Few rows: fewer than so many chunks a multiprocessor.
 constexpr int kFewChunks = 1024;
+/// Between these a grid's inverse times a norm's loses no bits.
+constexpr float kLeastInverse = 0x1p-100f, kMostInverse = 0x1p120f;
 /// Chunks of a group: powers of two from here to a warp.
 constexpr int kLeastLanes = 4;
 
@@ -41,7 +44,8 @@ struct RowPlan {
   int64_t chunks;  // of all rows; the last row may end early
   int row_chunks;
   int team;   // threads a row, whole warps
-  int lanes;  // chunks that share a scale; 0: the row does
+  int lanes;  // chunks that share a scale, 2^lane_bits; 0: the row does
+  int lane_bits;
 };
 
 // ---- Readers: what a thread loads of a chunk, keeps, and makes of it ----------------------------
@@ -56,12 +60,14 @@ struct FloatRange {
   float high = 0.0f, low = 0.0f;  // kSymmetric: max |v|, 0; else max(v, 0), max(-v, 0)
 
   template <bool kSymmetric>
+  __device__ __forceinline__ void add(float v) {
+    high = max_nan(high, kSymmetric ? fabsf(v) : v);
+    if constexpr (!kSymmetric) low = max_nan(low, -v);
+  }
+  template <bool kSymmetric>
   __device__ __forceinline__ void add(const float (&v)[kChunk]) {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      high = max_nan(high, kSymmetric ? fabsf(v[i]) : v[i]);
-      if constexpr (!kSymmetric) low = max_nan(low, -v[i]);
-    }
+    for (int i = 0; i < kChunk; ++i) add<kSymmetric>(v[i]);
   }
   // As range_of in int4.cuh: -0 would be the smallest integer, NaN has no sign.
   __device__ __forceinline__ Range range(bool) const {
@@ -79,7 +85,7 @@ struct RowReader<RowSource<kDtype>> {
   using Seen = std::conditional_t<kDtype == DType::f32, FloatRange, PairRange<kDtype>>;
   static constexpr int kHeld = kDtype == DType::f32 ? 4 : 8, kInFlight = kHeld;
   static constexpr int kMaxTeam = 1024, kFewHeld = 4;
-  static constexpr bool kNormalised = false, kSplits = true;
+  static constexpr bool kNormalised = false, kWeighted = false, kSplits = true;
   static constexpr Rounding kRounding = Rounding::exact;
 
   __device__ __forceinline__ const void* row(int64_t r) const {
@@ -142,7 +148,7 @@ struct RowReader<GluSource<kDtype>> : FloatHolder {
   };
   static constexpr int kHeld = 4, kInFlight = kDtype == DType::f32 ? 1 : 2;
   static constexpr int kMaxTeam = 1024, kFewHeld = 4;
-  static constexpr bool kNormalised = false;
+  static constexpr bool kNormalised = false, kWeighted = false;
   static constexpr Rounding kRounding = Rounding::fused;
 
   explicit RowReader(const GluSource<kDtype>& s) : source(s) {}
@@ -193,7 +199,8 @@ struct RmsnormSource : RowSource<kDtype> {
   }
 };
 
-/// Without a weight: x is kept as it came, and multiplied by the norm's inverse in step 2.
+/// Without a weight: x is kept as it came, and multiplied by the norm's inverse in step 2. Many of
+/// its values are the same, and may all lie between two codes: the roundings are the definition's.
 template <DType kDtype, DType kWeight>
 struct RowReader<RmsnormSource<kDtype, false, kWeight>> : RowReader<RowSource<kDtype>> {
   using Rows = RowReader<RowSource<kDtype>>;
@@ -213,8 +220,8 @@ struct RowReader<RmsnormSource<kDtype, false, kWeight>> : RowReader<RowSource<kD
   }
 };
 
-/// With a weight: x * factor * weight is kept, and multiplied by the norm's inverse, if that is not
-/// the factor already.
+/// With a weight: x * factor * weight is kept. The norm's inverse goes into the grid's, if it is
+/// not the factor already.
 template <DType kDtype, DType kWeight>
 struct RowReader<RmsnormSource<kDtype, true, kWeight>> : FloatHolder {
   RmsnormSource<kDtype, true, kWeight> norm;
@@ -223,7 +230,7 @@ struct RowReader<RmsnormSource<kDtype, true, kWeight>> : FloatHolder {
   static constexpr int kHeld = 4, kInFlight = kDtype == DType::f32 ? 1 : 4;
   static constexpr int kMaxTeam = 1024, kFewHeld = 2;
   static constexpr bool kNormalised = true, kWeighted = true;
-  static constexpr Rounding kRounding = Rounding::exact;
+  static constexpr Rounding kRounding = Rounding::fused;
   /// Between these a sum of squares, and what it is made of, neither overflows nor loses bits.
   static constexpr float kLeastSquares = 0x1p-100f, kMostSquares = 0x1p120f;
 
@@ -394,15 +401,20 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
   QuantizedRows codes = out;
   codes.codes = static_cast<char*>(out.codes) + first * (out.packed ? kChunk / 2 : kChunk);
   forget_origin(codes.codes);
-  const auto store = [&](int i, int chunk, const Grid& grid) {
+  const auto store = [&](int i, int chunk, Grid grid) {
     if (chunk >= chunks) return;
     float v[kChunk];
     reader.values(v, held[i]);
     if constexpr (Reader::kNormalised) {
+      const float inv = grid.inv * rest;
+      if (Reader::kWeighted && inv > kLeastInverse && inv < kMostInverse) {
+        grid.inv = inv;
+      } else {
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) v[j] = __fmul_rn(v[j], rest);
+        for (int j = 0; j < kChunk; ++j) v[j] = __fmul_rn(v[j], rest);
+      }
     }
-    store_chunk_codes<Reader::kRounding>(codes, chunk, v, grid);
+    store_run_codes<Reader::kRounding>(codes, chunk, v, grid);
   };
   const auto grid_of = [&](const Range& range, int64_t group, bool writes) {
     const Grid grid = make_grid(range, rest, out.clip, out.bits, symmetric);
@@ -423,7 +435,7 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
   } else {
     // A group's lanes hold kBatch chunks of different groups each: lane i makes the i-th grid.
     constexpr int kBatch = kHeld < kLeastLanes ? kHeld : kLeastLanes;
-    const int index = lane % p.lanes;
+    const int index = lane & (p.lanes - 1);
     each_step([&](int start) {
 #pragma unroll
       for (int begin = 0; begin < kHeld; begin += kBatch) {
@@ -435,22 +447,24 @@ __global__ void __launch_bounds__(RowReader<Source>::kMaxTeam)
             reader.template see<is_symmetric.value>(seen, held[begin + i]);
             ranges[i] = seen.range(is_symmetric.value);
           }
-        });
-        for (int step = 1; step < p.lanes; step *= 2) {
+          for (int step = 1; step < p.lanes; step *= 2) {
 #pragma unroll
-          for (int i = 0; i < kBatch; ++i) {
-            Range& r = ranges[i];
-            r.high = max(r.high, __shfl_xor_sync(kAllLanes, r.high, step));
-            if (!symmetric) r.low = max(r.low, __shfl_xor_sync(kAllLanes, r.low, step));
+            for (int i = 0; i < kBatch; ++i) {
+              Range& r = ranges[i];
+              r.high = max(r.high, __shfl_xor_sync(kAllLanes, r.high, step));
+              if (!is_symmetric.value) {
+                r.low = max(r.low, __shfl_xor_sync(kAllLanes, r.low, step));
+              }
+            }
           }
-        }
+        });
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
           if (index == i) mine = ranges[i];
         }
         const int chunk = start + (begin + index) * p.team;
         const Grid grid =
-            grid_of(mine, (first + chunk) / p.lanes, index < kBatch && chunk < chunks);
+            grid_of(mine, (first + chunk) >> p.lane_bits, index < kBatch && chunk < chunks);
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
           const int from = lane - index + i;
@@ -492,14 +506,18 @@ void launch_rows(const Source& source, int64_t rows, int64_t n, const QuantizedR
   p.rows = rows;
   p.row_chunks = static_cast<int>(n / kChunk);
   p.chunks = rows * p.row_chunks;
-  p.lanes = out.group < n ? static_cast<int>(out.group / kChunk) : 0;
+  const auto set_lanes = [&] {
+    p.lanes = static_cast<int>(out.group / kChunk);
+    while ((1 << p.lane_bits) < p.lanes) ++p.lane_bits;
+  };
+  if (out.group < n) set_lanes();
   Reader reader{source};
   if constexpr (Reader::kSplits) {
     // Groups that lie one after the other: rows of another length, as many as a warp holds.
     if (groups_are_lanes(out.group) && source.row_stride == n) {
       p.row_chunks = Reader::kHeld * kWarp;
       p.rows = ceil_div(p.chunks, int64_t{p.row_chunks});
-      p.lanes = static_cast<int>(out.group / kChunk);
+      set_lanes();
       reader.source.row_stride = p.row_chunks * kChunk;
     }
   }

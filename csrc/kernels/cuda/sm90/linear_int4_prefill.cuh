@@ -9,23 +9,24 @@
 // 32. A shift and a mask make of them 16 times the codes as int8; sums are 16 * acc, exact while
 // k < 2^17.
 //
-// A block makes tiles of 256 output channels x 128 or 64 tokens: four warpgroups multiply, 64
-// channels each; a thread of a fifth one fills a ring of stages of 128 columns with the tensor copy
-// engine, activations in the 128-byte swizzle that wgmma reads. With four, there is always one that
-// keeps the tensor cores busy while others widen, convert or store. Outputs are transposed through
-// shared memory and stored by the copy engine where rows are aligned.
+// A block makes tiles of 256 output channels x 128, 96, 64 or 32 tokens: four warpgroups multiply,
+// 64 channels each; a thread of a fifth one fills a ring of stages of 128 columns with the tensor
+// copy engine, activations in the 128-byte swizzle that wgmma reads. With four, there is always one
+// that keeps the tensor cores busy while others widen, convert or store. Outputs of 16 bits are
+// transposed through boxes in shared memory and stored by the copy engine, which has brought the
+// residual there, a piece every few stages; others are stored one by one.
 //
-//     cluster of `pair` = 2 blocks: neighbouring channels; each copies half of the activations, to
-//                       both
-//     cluster of `split` blocks: parts of k, where there are fewer tiles than processors; the sums,
-//                       which are exact, are exchanged through shared memory, a piece of tokens
-//                       each
+//     whole tiles    in clusters of `pair` = 2 blocks: neighbouring channels; each copies half of
+//                    the activations, to both
+//     parted tiles   each block of the cluster has a part of k, where there are fewer tiles than
+//                    processors, or in the last wave, one for each two blocks; the sums, which are
+//                    exact, are exchanged through the rings, and each block finishes some pieces
 //
 // Grouped scales: the sums of a group are converted and added up in fp32 at its end; 64 tokens,
 // since a thread holds both kinds of sums.
 //
-// Bound: the int8 tensor cores, at the clock that the power limit leaves; with grouped scales, the
-// conversions.
+// Bound: the int8 tensor cores, at the clock that the power limit leaves; for few tokens, the
+// weights' way from memory; with grouped scales, the conversions.
 #pragma once
 
 #include <cuda.h>
@@ -33,6 +34,7 @@
 
 #include <type_traits>
 
+#include "kernels/cuda/device/linear_int4.cuh"
 #include "kernels/cuda/device/ptx.cuh"
 #include "kernels/cuda/device/vec.cuh"
 #include "kernels/linear_int4.h"
@@ -57,11 +59,24 @@ constexpr int kStripBytes = 2 * kHalfStripBytes;  // of a stage
 constexpr int kWeightBytes = kChannels / kStrip * kStripBytes;
 
 // Outputs of a warpgroup leave in pieces; a box of the copy engine is one.
-constexpr int kPieceTokens = 32;
-constexpr int kPieceSums = kPieceTokens / 2;
+constexpr int kPieceTokens = 16;
+constexpr int kPieceSums = kPieceTokens / 2;  // of a thread
 constexpr int kPieceBytes = kPieceTokens * kGroupChannels * 2;
+constexpr int kPieceSumBytes = kPieceSums * kGroupThreads * 4;
+
+constexpr int kMaxCluster = 8;  // blocks: more are not portable
+/// Pieces of other blocks that a block receives at most, if a tile has `pieces`.
+constexpr int most_received(int pieces) {
+  int most = 0;
+  for (int parts = 2; parts <= kMaxCluster; ++parts) {
+    const int received = (pieces + parts - 1) / parts * (parts - 1);
+    most = received > most ? received : most;
+  }
+  return most;
+}
 
 constexpr int kSwizzleBytes = 1024;
+constexpr int kBlockSharedBytes = 227 * 1024;  // sm_90's limit
 
 /// What depends on the tokens of a tile.
 template <int kTokens_, bool kGrouped_>
@@ -71,16 +86,31 @@ struct Config {
   static constexpr int kSums = kTokens / 2;  // of a thread
   static constexpr int kPieces = kTokens / kPieceTokens;
 
-  // Shared memory, from a multiple of the swizzle's 1024 bytes.
-  static constexpr int kStages = kTokens == 128 ? 4 : 7;  // what fits
+  // Shared memory, from a multiple of the swizzle's 1024 bytes: boxes of outputs, scales and zeros
+  // of each warpgroup's tokens, scales and code sums of its channels, barriers; and the ring has
+  // the rest.
   static constexpr int kTokenBytes = kTokens * kColumns;
+  static constexpr int kBoxBytes = kConsumers * kPieces * kPieceBytes;
+  static constexpr int kTokenScaleBytes = kConsumers * kTokens * 4;
+  static constexpr int kChannelScaleBytes = kConsumers * kGroupChannels * 4;
+  static constexpr int kBarrierBytes = 256;
+  static constexpr int kStages = (kBlockSharedBytes - kSwizzleBytes - kBoxBytes -
+                                  2 * kTokenScaleBytes - 2 * kChannelScaleBytes - kBarrierBytes) /
+                                 (kTokenBytes + kWeightBytes);
   static constexpr int kWeightsAt = kStages * kTokenBytes;
   static constexpr int kPiecesAt = kWeightsAt + kStages * kWeightBytes;
-  static constexpr int kScalesAt = kPiecesAt + kConsumers * kPieces * kPieceBytes;
-  static constexpr int kZerosAt = kScalesAt + kConsumers * kTokens * 4;
-  static constexpr int kFullAt = kZerosAt + kConsumers * kTokens * 4;
+  static constexpr int kScalesAt = kPiecesAt + kBoxBytes;
+  static constexpr int kZerosAt = kScalesAt + kTokenScaleBytes;
+  static constexpr int kChannelScalesAt = kZerosAt + kTokenScaleBytes;
+  static constexpr int kChannelSumsAt = kChannelScalesAt + kChannelScaleBytes;
+  static constexpr int kFullAt = kChannelSumsAt + kChannelScaleBytes;
   static constexpr int kEmptyAt = kFullAt + kStages * 8;
-  static constexpr int kSharedBytes = kSwizzleBytes + kEmptyAt + kStages * 8;
+  static constexpr int kResidualAt = kEmptyAt + kStages * 8;
+  static constexpr int kSharedBytes = kSwizzleBytes + kResidualAt + kConsumers * 8;
+  static_assert((2 * kStages + kConsumers) * 8 <= kBarrierBytes);
+  static_assert(kTokenBytes % kSwizzleBytes == 0 && kPieceBytes % kSwizzleBytes == 0);
+  // The ring holds what the parts of k exchange.
+  static_assert(most_received(kConsumers* kPieces) * kPieceSumBytes <= kPiecesAt);
 };
 
 /// The first of the warpgroups' barriers; 0 is __syncthreads.
@@ -88,20 +118,29 @@ constexpr int kGroupBarrier = 1;
 
 /// sums are 16 * acc.
 constexpr int kWidenShift = 4;
+/// Of a block's first tile, that are asked for before the kernel before is done. More of them, from
+/// all blocks, would push each other out of the L2.
+constexpr int kPrefetchStages = 3;
 /// Token tiles that are worked on together, so that their activations and the weights meet in L2.
 constexpr int kTokenTiles = 16;
 
 struct Params {
   LinearInt4Args args;
-  CUtensorMap x;      // int8 [m, k]
-  CUtensorMap w;      // 4-byte words [strips, bytes of a strip / 4]
-  CUtensorMap out;    // 16-bit [m, n], if stored by the copy engine
-  int channel_tiles;  // of a cluster
+  CUtensorMap x;         // int8 [m, k]
+  CUtensorMap w;         // 4-byte words [strips, bytes of a strip / 4]
+  CUtensorMap out;       // 16-bit [m, n], if stored by the copy engine
+  CUtensorMap residual;  // the same, if loaded by the copy engine
+  int channel_tiles;     // of a cluster
   int token_tiles;
   FastDiv set_tiles;    // tiles of kTokenTiles token tiles
   FastDiv last_tokens;  // token tiles of the last set
-  int pair, split;      // blocks of a cluster; a power of 2 each
-  bool store_boxes;
+  int stages;           // of k
+  int cluster;          // blocks
+  int pair;             // blocks of a cluster that have neighbouring whole tiles
+  int whole_tiles;      // of a cluster, of those above
+  int parted_tiles;     // single ones
+  bool boxes;           // outputs of 16 bits leave through the copy engine
+  bool load_boxes;      // and the residual comes through it
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -124,37 +163,56 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
   }
 }
 
-/// A block's place in its cluster, and the stages [first, last) of its part of k.
-struct Place {
-  int neighbour, part;
-  int first, last;
-};
-__device__ __forceinline__ Place place(const Params& p) {
-  const int rank = static_cast<int>(cluster_rank());
-  const int part = rank / p.pair;
-  const int stages = static_cast<int>(ceil_div(p.args.k, kColumns));
-  return {rank % p.pair, part, stages * part / p.split, stages * (part + 1) / p.split};
-}
-
-/// Where a tile begins.
+/// Where a tile begins, and the stages [first, last) of this block's part of k.
 struct Tile {
   int channel, token;
+  int first, last;
+  bool parted;  // between the blocks of the cluster
 };
 
-/// Calls body(tile) for each tile of this block: in sets of kTokenTiles token tiles, these for one
-/// channel tile after the other.
+/// The tile of block `neighbour` of those that share activations: in sets of kTokenTiles token
+/// tiles, these for one channel tile after the other.
+template <class C>
+__device__ __forceinline__ Tile tile_at(const Params& p, int t, int neighbour) {
+  const int set = p.set_tiles(t);
+  const int rest = t - set * p.set_tiles.divisor();
+  const bool whole = (set + 1) * kTokenTiles <= p.token_tiles;
+  const int channel = whole ? rest / kTokenTiles : p.last_tokens(rest);
+  const int token = rest - channel * (whole ? kTokenTiles : p.last_tokens.divisor());
+  return {(channel * p.pair + neighbour) * kChannels, (set * kTokenTiles + token) * C::kTokens, 0,
+          p.stages, false};
+}
+
+/// The number of this block's cluster, and the block's in it.
+__device__ __forceinline__ int cluster_of(const Params& p) {
+  return static_cast<int>(blockIdx.x) / p.cluster;
+}
+__device__ __forceinline__ int rank_of(const Params& p) {
+  return static_cast<int>(blockIdx.x) % p.cluster;
+}
+
+/// Whether this cluster's last tile is parted.
+__device__ __forceinline__ bool has_parted(const Params& p) {
+  return cluster_of(p) < p.parted_tiles;
+}
+
+/// Calls body(tile) for each tile of this block.
 template <class C, class Body>
-__device__ __forceinline__ void for_tiles(const Params& p, int neighbour, const Body& body) {
-  const int blocks = p.pair * p.split;
-  const int tiles = p.channel_tiles * p.token_tiles;
-  for (int t = blockIdx.x / blocks; t < tiles; t += gridDim.x / blocks) {
-    const int set = p.set_tiles(t);
-    const int rest = t - set * p.set_tiles.divisor();
-    const bool whole = (set + 1) * kTokenTiles <= p.token_tiles;
-    const int channel = whole ? rest / kTokenTiles : p.last_tokens(rest);
-    const int token = rest - channel * (whole ? kTokenTiles : p.last_tokens.divisor());
-    body(
-        Tile{(channel * p.pair + neighbour) * kChannels, (set * kTokenTiles + token) * C::kTokens});
+__device__ __forceinline__ void for_tiles(const Params& p, const Body& body) {
+  const int cluster = cluster_of(p), rank = rank_of(p);
+  const int clusters = static_cast<int>(gridDim.x) / p.cluster;
+  bool parted = false;
+  for (int t = cluster; !parted; t += clusters) {
+    parted = t >= p.whole_tiles;
+    if (parted && !has_parted(p)) return;
+    Tile tile = tile_at<C>(p, parted ? p.whole_tiles + cluster / p.pair : t,
+                           parted ? cluster % p.pair : rank);
+    if (parted) {
+      tile.first = p.stages * rank / p.cluster;
+      tile.last = p.stages * (rank + 1) / p.cluster;
+      tile.parted = true;
+    }
+    body(tile);
   }
 }
 
@@ -162,21 +220,42 @@ __device__ __forceinline__ void for_tiles(const Params& p, int neighbour, const 
 
 template <class C>
 __device__ __forceinline__ void fill_ring(const Params& p, uint32_t shared) {
-  const Place me = place(p);
-  const int tokens = C::kTokens / p.pair;  // that this block copies
-  const int first_token = me.neighbour * tokens;
-  const auto blocks = static_cast<uint16_t>(((1 << p.pair) - 1) << (me.part * p.pair));
+  const int tokens = C::kTokens / p.pair;  // of a copy
+  const int rank = rank_of(p);
+  const auto blocks = static_cast<uint16_t>((1 << p.pair) - 1);
   Ring<C::kStages> ring;
-  for_tiles<C>(p, me.neighbour, [&](const Tile& tile) {
-    for (int s = me.first; s < me.last; ++s) {
+  for_tiles<C>(p, [&](const Tile& tile) {
+    for (int s = tile.first; s < tile.last; ++s) {
       const uint32_t full = shared + C::kFullAt + ring.stage * 8;
+      const uint32_t x = shared + ring.stage * C::kTokenBytes;
       wait(shared + C::kEmptyAt + ring.stage * 8, ring.parity ^ 1);
       mbarrier_expect(full, C::kTokenBytes + kWeightBytes);
       tma_load(shared + C::kWeightsAt + ring.stage * kWeightBytes, &p.w, s * (kStripBytes / 4),
                tile.channel / kStrip, full);
-      tma_load_multicast(shared + ring.stage * C::kTokenBytes + first_token * kColumns, &p.x,
-                         s * kColumns, tile.token + first_token, full, blocks);
+      if (tile.parted) {
+        for (int i = 0; i < C::kTokens; i += tokens) {
+          tma_load(x + i * kColumns, &p.x, s * kColumns, tile.token + i, full);
+        }
+      } else {
+        tma_load_multicast(x + rank * tokens * kColumns, &p.x, s * kColumns,
+                           tile.token + rank * tokens, full, blocks);
+      }
       ring.next();
+    }
+  });
+}
+
+/// Asks for the tensor maps and the first weights. These depend on no kernel before this one, or if
+/// they do, are mended in the L2.
+template <class C>
+__device__ __forceinline__ void prefetch(const Params& p) {
+  for (const CUtensorMap* map : {&p.w, &p.x, &p.out}) tensor_map_prefetch(map);
+  bool first = true;
+  for_tiles<C>(p, [&](const Tile& tile) {
+    if (!first) return;
+    first = false;
+    for (int s = tile.first; s < min(tile.last, tile.first + kPrefetchStages); ++s) {
+      tma_prefetch_l2(&p.w, s * (kStripBytes / 4), tile.channel / kStrip);
     }
   });
 }
@@ -233,9 +312,9 @@ struct Consumer {
 
   const Params& p;
   uint32_t shared;  // the block's
-  Place me;
   int group;        // the warpgroup
   uint32_t thread;  // in the warpgroup
+  int rank;         // of the block in the cluster
   Ring<C::kStages> ring;
 
   /// Shared [kTokens] of this warpgroup.
@@ -245,10 +324,18 @@ struct Consumer {
   __device__ __forceinline__ int* zeros() const {
     return reinterpret_cast<int*>(shared_pointer(shared + C::kZerosAt)) + group * C::kTokens;
   }
-  __device__ __forceinline__ int warp() const { return static_cast<int>(thread) / kWarp; }
-  __device__ __forceinline__ int lane() const { return static_cast<int>(thread) % kWarp; }
+  __device__ __forceinline__ int warp() const { return static_cast<int>(thread / kWarp); }
+  __device__ __forceinline__ int lane() const { return static_cast<int>(thread % kWarp); }
   __device__ __forceinline__ void sync() const {
     barrier_sync(kGroupBarrier + group, kGroupThreads);
+  }
+  __device__ __forceinline__ float* channel_scales() const {
+    return reinterpret_cast<float*>(shared_pointer(shared + C::kChannelScalesAt)) +
+           group * kGroupChannels;
+  }
+  __device__ __forceinline__ int* channel_sums() const {
+    return reinterpret_cast<int*>(shared_pointer(shared + C::kChannelSumsAt)) +
+           group * kGroupChannels;
   }
   __device__ __forceinline__ int first_channel(const Tile& tile) const {
     return tile.channel + group * kGroupChannels + warp() * kStrip + lane() / 4;
@@ -260,9 +347,10 @@ struct Consumer {
     c.first = first_channel(tile);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      const int in_group = warp() * kStrip + lane() / 4 + 8 * h;
+      if (!kGrouped) c.scale[h] = channel_scales()[in_group];
+      if (!kGrouped && args.x_zero != nullptr) c.sum[h] = channel_sums()[in_group];
       const int j = min(c.first + 8 * h, static_cast<int>(args.n) - 1);
-      if (!kGrouped) c.scale[h] = args.w_scale[j];
-      if (!kGrouped && args.x_zero != nullptr) c.sum[h] = args.w_sum[j];
       if (args.bias != nullptr) c.bias[h] = load1(args.bias_dtype, args.bias, j);
     }
     return c;
@@ -273,36 +361,54 @@ struct Consumer {
   __device__ __forceinline__ void await_stage() const {
     wait(shared + C::kFullAt + ring.stage * 8, ring.parity);
   }
-  /// This thread's weights of half of the stage.
-  __device__ __forceinline__ uint4 weights(int half) const {
-    return load_shared(shared + C::kWeightsAt + ring.stage * kWeightBytes +
-                       (group * 4 + warp()) * kStripBytes + half * kHalfStripBytes + lane() * 16);
+  /// Where this thread's weights of the ring's first stage are.
+  __device__ __forceinline__ uint32_t first_weights() const {
+    return shared + C::kWeightsAt + (group * 4 + warp()) * kStripBytes + lane() * 16;
+  }
+  /// Those of half of the stage.
+  __device__ __forceinline__ uint4 weights(uint32_t first, int half) const {
+    return load_shared(first + ring.stage * kWeightBytes + half * kHalfStripBytes);
   }
   __device__ __forceinline__ uint64_t tokens() const {
     return descriptor(shared + ring.stage * C::kTokenBytes);
   }
-  /// This warp needs the stage no more, nor does any block that copies to it have to wait for it.
-  __device__ __forceinline__ void release_stage() {
-    if (lane() < p.pair) {
-      mbarrier_arrive(
-          cluster_address(shared + C::kEmptyAt + ring.stage * 8, me.part * p.pair + lane()));
-    }
+  /// The ring's barriers that this lane, below `pair`, arrives at for its warp: of each block that
+  /// copies to this one; for a parted tile `pair` times its own.
+  __device__ __forceinline__ uint32_t empty_barriers(const Tile& tile) const {
+    return cluster_address(shared + C::kEmptyAt, tile.parted ? rank : min(lane(), p.pair - 1));
+  }
+  /// This warp needs the stage no more.
+  __device__ __forceinline__ void release_stage(uint32_t empty) {
+    if (lane() < p.pair) mbarrier_arrive(empty + ring.stage * 8);
     ring.next();
   }
 
-  /// sums = 16 * acc of this block's part of k.
-  __device__ __forceinline__ void multiply_tile(int (&sums)[kSums]) {
-    for (int s = me.first; s < me.last; ++s) {
-      await_stage();
-      uint32_t a[2][4], b[2][4];
-      widen(a, weights(0));
-      widen(b, weights(1));
-      wgmma_fence();
-      multiply(sums, a, tokens(), s > me.first);
-      multiply(sums, b, tokens() + 2 * kStepUnits, true);
-      wgmma_commit();
-      wgmma_wait<0>();
-      release_stage();
+  /// sums = 16 * acc of this block's part of k. With a residual there is a pause for each piece of
+  /// it: asked for all at once it would hold up the ring.
+  __device__ __forceinline__ void multiply_tile(int (&sums)[kSums], const Tile& tile) {
+    const int stages = tile.last - tile.first;
+    const uint32_t empty = empty_barriers(tile), mine = first_weights();
+    const int pause = p.load_boxes ? max(1, stages / (C::kPieces + 1)) : stages;
+    int piece = 0;
+    for (int end = tile.first, s = end; s < tile.last;) {
+      end = min(end + pause, tile.last);
+      for (; s < end; ++s) {
+        await_stage();
+        uint32_t a[2][4], b[2][4];
+        widen(a, weights(mine, 0));
+        widen(b, weights(mine, 1));
+        wgmma_fence();
+        multiply(sums, a, tokens(), s > tile.first);
+        multiply(sums, b, tokens() + 2 * kStepUnits, true);
+        wgmma_commit();
+        wgmma_wait<0>();
+        release_stage(empty);
+      }
+      if (p.load_boxes) {
+        const int next = s < tile.last ? min(piece + 1, C::kPieces) : C::kPieces;
+        fetch_residual(tile, piece, next);
+        piece = next;
+      }
     }
   }
 
@@ -365,7 +471,7 @@ struct Consumer {
         const float s_x[4] = {four.x, four.y, four.z, four.w};
         float v[kBlock];
 #pragma unroll
-        for (int i = 0; i < kBlock; ++i) v[i] = static_cast<float>(sums[first + i]);
+        for (int i = 0; i < kBlock; ++i) v[i] = static_cast<float>(sums[first + i] >> kWidenShift);
 #pragma unroll
         for (int i = 0; i < kBlock; ++i) v[i] = __fmul_rn(v[i], s_x[i / 4 * 2 + i % 2]);
 #pragma unroll
@@ -374,9 +480,10 @@ struct Consumer {
         for (int i = 0; i < kBlock; ++i) total[first + i] = __fadd_rn(total[first + i], v[i]);
       }
     };
+    const uint32_t empty = empty_barriers(tile), mine = first_weights();
     const auto multiply_half = [&](int half) {
       uint32_t a[2][4];
-      widen(a, weights(half));
+      widen(a, weights(mine, half));
       wgmma_fence();
       multiply(sums, a, tokens() + half * 2 * kStepUnits, done > 0);
       wgmma_commit();
@@ -385,52 +492,62 @@ struct Consumer {
       done = 0;
       convert();
     };
-    for (int s = me.first; s < me.last; ++s) {
+    for (int s = tile.first; s < tile.last; ++s) {
       await_stage();
       multiply_half(0);
       if (2 * s + 1 < halves) multiply_half(1);
-      release_stage();
+      release_stage(empty);
     }
   }
 
-  // -- Parts of k: piece i of a tile is finished by part i % split. The others send it their sums,
+  // -- Parts of k: each piece of a tile is finished by one of them. The others send it their sums,
   // into its ring, which is free by then: for each piece and sender 16 bytes a thread, then the
-  // next 16.
+  // next 16. Every warpgroup has pieces of its own to finish, if there are enough.
 
   static constexpr int kVectors = kPieceSums / 4;
-  static constexpr int kVectorBytes = kConsumers * kGroupThreads * 16;
-  static_assert(C::kPieces * kVectors * kVectorBytes <= C::kPiecesAt);
+  static constexpr int kVectorBytes = kGroupThreads * 16;
 
-  __device__ __forceinline__ bool owns(int piece) const {
-    return (piece & (p.split - 1)) == me.part;
+  __device__ __forceinline__ int number(int piece) const { return group * C::kPieces + piece; }
+  __device__ __forceinline__ int owner(int piece) const { return number(piece) % p.cluster; }
+  /// A bit for each piece that this block finishes.
+  __device__ __forceinline__ uint32_t owned_pieces(const Tile& tile) const {
+    if (!tile.parted) return ~0u;
+    uint32_t owned = 0;
+#pragma unroll 1
+    for (int i = 0; i < C::kPieces; ++i) {
+      owned |= static_cast<uint32_t>(owner(i) == rank) << i;
+    }
+    return owned;
   }
-  __device__ __forceinline__ uint32_t sent(int piece, int sender) const {
-    const int slot = (piece & -p.split) + sender;
-    return shared + slot * kVectors * kVectorBytes + threadIdx.x * 16;
+  /// Where part `to` keeps what part `from` sends it.
+  __device__ __forceinline__ uint32_t sent(int piece, int from, int to) const {
+    const int slot = number(piece) / p.cluster * (p.cluster - 1) + from - (from > to);
+    return shared + slot * kPieceSumBytes + thread * 16;
   }
   __device__ __forceinline__ void exchange(int (&sums)[kSums]) const {
     cluster_arrive();
     cluster_wait();  // all rings are free
 #pragma unroll
     for (int i = 0; i < C::kPieces; ++i) {
-      if (owns(i)) continue;
-      const int owner = (i & (p.split - 1)) * p.pair + me.neighbour;
-      const uint32_t to = cluster_address(sent(i, me.part), owner);
+      const int to = owner(i);
+      if (to == rank) continue;
+      const uint32_t at = cluster_address(sent(i, rank, to), to);
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         const int* s = sums + i * kPieceSums + v * 4;
-        store_cluster(to + v * kVectorBytes, {s[0], s[1], s[2], s[3]});
+        store_cluster(at + v * kVectorBytes, int4{s[0], s[1], s[2], s[3]});
       }
     }
     cluster_arrive();
     cluster_wait();
 #pragma unroll
     for (int i = 0; i < C::kPieces; ++i) {
-      for (int from = 0; from < p.split; ++from) {
-        if (!owns(i) || from == me.part) continue;
+      if (owner(i) != rank) continue;
+      for (int from = 0; from < p.cluster; ++from) {
+        if (from == rank) continue;
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
-          const uint4 r = load_shared(sent(i, from) + v * kVectorBytes);
+          const uint4 r = load_shared(sent(i, from, rank) + v * kVectorBytes);
           int* s = sums + i * kPieceSums + v * 4;
           s[0] += static_cast<int>(r.x);
           s[1] += static_cast<int>(r.y);
@@ -479,125 +596,167 @@ struct Consumer {
     }
   }
 
-  template <DType kDtype>
-  __device__ __forceinline__ void add_residual(float (&v)[kBlock], int b, const Tile& tile,
-                                               const Channels& c) const {
-    const int m = static_cast<int>(p.args.m), n = static_cast<int>(p.args.n);
-    float r[kBlock];
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) {  // outside, some other element
-      const int64_t row = min(tile.token + token_of(b, i), m - 1);
-      r[i] = load1<kDtype>(p.args.residual, row * n + min(c.first + i / 2 % 2 * 8, n - 1));
-    }
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) v[i] = __fadd_rn(v[i], r[i]);
-  }
-
-  /// Stores elements one by one: any n, any type as wide as Bits.
-  template <class Bits>
-  __device__ __forceinline__ void store_elements(const Bits (&bits)[kBlock], int b,
-                                                 const Tile& tile, const Channels& c) const {
-    const int m = static_cast<int>(p.args.m), n = static_cast<int>(p.args.n);
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      const int row = tile.token + token_of(b, i), channel = c.first + i / 2 % 2 * 8;
-      if (row < m && channel < n) {
-        static_cast<Bits*>(p.args.out)[int64_t{row} * n + channel] = bits[i];
-      }
-    }
-  }
-
   __device__ __forceinline__ uint32_t box(int piece) const {
     return shared + C::kPiecesAt + (group * C::kPieces + piece) * kPieceBytes;
   }
+  /// This lane's row of the four 8x8 matrices of its warp in a box: a token's 64 channels are 128
+  /// bytes, in the 128-byte swizzle.
+  __device__ __forceinline__ uint32_t box_row(int piece) const {
+    const int row = lane() / 16 * 8 + lane() % 8;
+    const int chunk = warp() * 2 + lane() / 8 % 2;
+    return box(piece) + row * 128 + ((chunk ^ row % 8) << 4);
+  }
 
-  __device__ __forceinline__ void store_block(const float (&v)[kBlock], int b, const Tile& tile,
-                                              const Channels& c) const {
-    if (p.args.out_dtype == DType::f32) return store_elements(v, b, tile, c);
+  /// Begins to copy pieces [first, end) of the residual to the boxes, once the last tile's outputs
+  /// have left them.
+  __device__ __forceinline__ void fetch_residual(const Tile& tile, int first, int end) const {
+    if (thread != 0) return;
+    const uint32_t barrier = shared + C::kResidualAt + group * 8;
+    const uint32_t owned = owned_pieces(tile);
+    if (first == 0) {
+      tma_store_wait_read<0>();
+      mbarrier_expect(barrier, __popc(owned & ((1u << C::kPieces) - 1)) * kPieceBytes);
+    }
+#pragma unroll 1
+    for (int i = first; i < end; ++i) {
+      if ((owned >> i & 1) == 0) continue;
+      tma_load(box(i), &p.residual, tile.channel + group * kGroupChannels,
+               tile.token + i * kPieceTokens, barrier);
+    }
+  }
+  __device__ __forceinline__ void add_fetched(float (&v)[kBlock], int b) const {
     uint32_t words[kBlock / 2];  // two tokens each
-    if (p.args.out_dtype == DType::f16) {
+    ldmatrix_x4_trans(words, box_row(b));
 #pragma unroll
-      for (int i = 0; i < kBlock / 2; ++i) words[i] = pack_f16x2(v[2 * i], v[2 * i + 1]);
-    } else {
+    for (int i = 0; i < kBlock / 2; ++i) {
+      const float2 r =
+          p.args.residual_dtype == DType::f16
+              ? float2{f16_to_float(static_cast<uint16_t>(words[i])),
+                       f16_to_float(static_cast<uint16_t>(words[i] >> 16))}
+              : float2{__uint_as_float(words[i] << 16), __uint_as_float(words[i] & 0xffff0000u)};
+      v[2 * i] = __fadd_rn(v[2 * i], r.x);
+      v[2 * i + 1] = __fadd_rn(v[2 * i + 1], r.y);
+    }
+  }
+
+  /// Outputs of 16 bits, to the boxes.
+  __device__ __forceinline__ void finish_boxes(const Sum (&sums)[kSums], uint32_t owned,
+                                               const Tile& tile) {
+    const Channels c = load_channels(tile);
 #pragma unroll
-      for (int i = 0; i < kBlock / 2; ++i) words[i] = pack_bf16x2(v[2 * i], v[2 * i + 1]);
-    }
-    if (p.store_boxes) {
-      // A token's 64 channels are 128 bytes of the box, in the 128-byte swizzle.
-      const int row = b % 2 * 16 + lane() / 16 * 8 + lane() % 8;
-      const int chunk = warp() * 2 + lane() / 8 % 2;
-      stmatrix_x4_trans(box(b / 2) + row * 128 + ((chunk ^ row % 8) << 4), words[0], words[1],
-                        words[2], words[3]);
-      return;
-    }
-    uint16_t halves[kBlock];
+    for (int b = 0; b < C::kPieces; ++b) {
+      if ((owned >> b & 1) == 0) continue;
+      float v[kBlock];
+      scale_block(v, sums + b * kBlock, b, c);
+      if (p.load_boxes) add_fetched(v, b);
+      uint32_t words[kBlock / 2];  // two tokens each
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      halves[i] = static_cast<uint16_t>(words[i / 2] >> i % 2 * 16);
+      for (int i = 0; i < kBlock / 2; ++i) {
+        words[i] = p.args.out_dtype == DType::f16 ? pack_f16x2(v[2 * i], v[2 * i + 1])
+                                                  : pack_bf16x2(v[2 * i], v[2 * i + 1]);
+      }
+      stmatrix_x4_trans(box_row(b), words[0], words[1], words[2], words[3]);
     }
-    store_elements(halves, b, tile, c);
+  }
+
+  /// Outputs of any type, any n: one by one. A loop takes the sums from shared memory, half of each
+  /// block of them at a time: as straight code this would fill the instruction cache.
+  __device__ __forceinline__ void finish_elements(const Sum (&sums)[kSums], uint32_t owned,
+                                                  const Tile& tile) const {
+    const LinearInt4Args& args = p.args;
+    Sum* mine = reinterpret_cast<Sum*>(shared_pointer(box(0))) + thread * 4;
+    constexpr int kStride = kGroupThreads * 4;
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int b = 0; b < C::kPieces; ++b) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          mine[b * kStride + i] = half == 0 ? sums[b * kBlock + i] : sums[b * kBlock + 4 + i];
+        }
+      }
+#pragma unroll 1
+      for (int j = 0; j < C::kPieces * 4; ++j) {
+        const int b = j / 4, i = half * 4 + j % 4;
+        const int64_t token = tile.token + token_of(b, i);
+        const int64_t channel = first_channel(tile) + i / 2 % 2 * 8;
+        if ((owned >> b & 1) == 0 || token >= args.m || channel >= args.n) continue;
+        const Sum sum = mine[b * kStride + j % 4];
+        if constexpr (kGrouped) {
+          finish(args, token, channel, sum);
+        } else {
+          int acc = sum >> kWidenShift;
+          if (args.x_zero != nullptr) acc -= args.x_zero[token] * args.w_sum[channel];
+          finish(args, token, channel, scaled(acc, args.x_scale[token], args.w_scale[channel]));
+        }
+      }
+    }
   }
 
   // -- All of it
 
-  __device__ __forceinline__ void make_tile(const Tile& tile) {
+  /// Begins to copy what a tile's outputs are scaled with.
+  __device__ __forceinline__ void fetch_scales(const Tile& tile) const {
     const LinearInt4Args& args = p.args;
-    const int in_tile = static_cast<int>(thread) % C::kTokens;
-    const int token = min(tile.token + in_tile, static_cast<int>(args.m) - 1);
-    // A group's sums are converted as they are, 16 * acc; exact unless the scale is below 2^-122.
-    const float scale = args.x_scale[token] * (kGrouped ? 1.0f / (1 << kWidenShift) : 1.0f);
-    const auto share_tokens = [&] {
-      scales()[slot_of(in_tile)] = scale;
-      if (args.x_zero != nullptr) zeros()[slot_of(in_tile)] = args.x_zero[token];
-      if (thread == 0) tma_store_wait_read<0>();  // the boxes are free
-      sync();
-    };
+    for (int i = static_cast<int>(thread); i < C::kTokens; i += kGroupThreads) {
+      const int token = min(tile.token + i, static_cast<int>(args.m) - 1);
+      cp_async_l1<4>(shared_address(scales() + slot_of(i)), args.x_scale + token);
+      if (args.x_zero != nullptr) {
+        cp_async_l1<4>(shared_address(zeros() + slot_of(i)), args.x_zero + token);
+      }
+    }
+    if (!kGrouped && thread < kGroupChannels) {
+      const int i = static_cast<int>(thread);
+      const int channel =
+          min(tile.channel + group * kGroupChannels + i, static_cast<int>(args.n) - 1);
+      cp_async_l1<4>(shared_address(channel_scales() + i), args.w_scale + channel);
+      if (args.x_zero != nullptr) {
+        cp_async_l1<4>(shared_address(channel_sums() + i), args.w_sum + channel);
+      }
+    }
+  }
+  __device__ __forceinline__ void await_scales() const {
+    cp_async_wait_all();
+    if (thread == 0) tma_store_wait_read<0>();  // the boxes are free
+    sync();
+  }
+
+  __device__ __forceinline__ void make_tile(const Tile& tile, uint32_t parity) {
+    fetch_scales(tile);
     Sum sums[kSums];
     if constexpr (kGrouped) {
-      share_tokens();
+      await_scales();
+      if (p.load_boxes) fetch_residual(tile, 0, C::kPieces);
       multiply_groups(sums, tile);
     } else {
-      multiply_tile(sums);
+      multiply_tile(sums, tile);
       pin(thread);  // what is worked out from it takes no registers before
-      if (p.split > 1) exchange(sums);
+      if (tile.parted) exchange(sums);
+      await_scales();
     }
-    const Channels c = load_channels(tile);
-    if constexpr (!kGrouped) share_tokens();
-#pragma unroll
-    for (int b = 0; b < kSums / kBlock; ++b) {
-      if (!owns(b / 2)) continue;
-      pin(thread);
-      float v[kBlock];
-      scale_block(v, sums + b * kBlock, b, c);
-      if (args.residual != nullptr) {
-        switch (args.residual_dtype) {
-          case DType::f32:
-            add_residual<DType::f32>(v, b, tile, c);
-            break;
-          case DType::f16:
-            add_residual<DType::f16>(v, b, tile, c);
-            break;
-          case DType::bf16:
-            add_residual<DType::bf16>(v, b, tile, c);
-            break;
-        }
-      }
-      store_block(v, b, tile, c);
-    }
+    const uint32_t owned = owned_pieces(tile);
+    if (!p.boxes) return finish_elements(sums, owned, tile);
+    if (p.load_boxes) wait(shared + C::kResidualAt + group * 8, parity);
+    finish_boxes(sums, owned, tile);
     async_proxy_fence();
     sync();  // boxes are full, scales and zeros have been read
-    if (thread == 0 && p.store_boxes) {
-      for (int piece = 0; piece < C::kPieces; ++piece) {
-        if (!owns(piece)) continue;
-        tma_store(&p.out, tile.channel + group * kGroupChannels, tile.token + piece * kPieceTokens,
-                  box(piece));
+    if (thread == 0) {
+#pragma unroll 1
+      for (int i = 0; i < C::kPieces; ++i) {
+        if ((owned >> i & 1) == 0) continue;
+        tma_store(&p.out, tile.channel + group * kGroupChannels, tile.token + i * kPieceTokens,
+                  box(i));
       }
       tma_store_commit();
     }
   }
 
   __device__ __forceinline__ void run() {
-    for_tiles<C>(p, me.neighbour, [&](const Tile& tile) { make_tile(tile); });
+    uint32_t parity = 0;
+    for_tiles<C>(p, [&](const Tile& tile) {
+      make_tile(tile, parity);
+      parity ^= 1;
+    });
     if (thread == 0) tma_store_wait_read<0>();
     __syncwarp();
   }

@@ -1,0 +1,470 @@
+"""Decode by CUDA graphs gives bit by bit what eager decode gives, whatever happens in between.
+
+Same kernels, same shapes, so equality holds at 4 bits too. `model.quarot_graph = False` is the
+eager model.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import logging
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+
+import quarot
+from helpers import NO_CUDA, tiny_model
+from quarot import graph, shapes
+from quarot.cache import Lengths, QuantizedLayer
+
+CUDA = torch.device("cuda")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_CUDA)
+PROMPT, NEW = 60, 12
+
+
+def on_gpu(preset: str = "W4A4KV4", **overrides: Any) -> Any:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, **overrides}
+    model = tiny_model(dtype=torch.bfloat16, **sizes).to(CUDA)
+    return quarot.convert(model, preset, progress=False)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Any:
+    return on_gpu()
+
+
+@pytest.fixture
+def model(shared: Any) -> Iterator[Any]:
+    """A converted model on the GPU without graphs yet."""
+    graph._recorders.pop(shared, None)
+    yield shared
+    shared.quarot_graph = True
+
+
+def graphs(model: Any) -> int:
+    return len(graph._recorders[model].graphs) if model in graph._recorders else 0
+
+
+def prompt(batch: int = 1, tokens: int = PROMPT, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 128, (batch, tokens), generator=generator).to(CUDA)
+
+
+@torch.no_grad()
+def decode(
+    model: Any, cache: Any, ids: Tensor, new: int = NEW, mask: Tensor | None = None, **options: Any
+) -> Tensor:
+    """Append ids, then `new` tokens greedily; return all steps' last logits [batch, steps, V]."""
+    logits = []
+    for _ in range(new + 1):
+        out = model(ids, past_key_values=cache, attention_mask=mask, **options)
+        logits.append(out.logits[:, -1])
+        ids = logits[-1].argmax(-1, keepdim=True)
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    return torch.stack(logits, 1)
+
+
+def eagerly(model: Any, *args: Any, **options: Any) -> Tensor:
+    model.quarot_graph = False
+    try:
+        return decode(model, *args, **options)
+    finally:
+        model.quarot_graph = True
+
+
+# --- the model's class, on any device -----------------------------------------------------------
+
+
+def test_the_class_stays_what_it_was_for_others() -> None:
+    model = quarot.convert(tiny_model(), "W4A8KV4", progress=False)
+    assert isinstance(model, LlamaForCausalLM) and type(model).__name__ == "LlamaForCausalLM"
+    assert inspect.signature(model.forward) == inspect.signature(tiny_model().forward)
+    assert type(model) is type(quarot.convert(tiny_model(seed=1), "W4A4KV4", progress=False))
+    assert "quarot_graph" not in vars(model)
+    twin = copy.deepcopy(model)
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(twin(ids).logits, model(ids).logits)
+
+
+# --- the same as eager decode -------------------------------------------------------------------
+
+
+@needs_cuda
+@pytest.mark.parametrize("preset", ["W4A4KV4", "W4A8KV8", "W16A16KV4", "W4A16KV8"])
+@pytest.mark.parametrize("head_dim", [64, 16])  # 16: attention has no kernel for so few queries
+def test_replay_equals_eager(preset: str, head_dim: int) -> None:
+    model = on_gpu(preset, head_dim=head_dim)
+    for batch, padding, static in ((1, 0, True), (1, 0, False), (3, 0, False), (3, 7, True)):
+        ids, mask = prompt(batch), None
+        if padding:
+            mask = torch.ones_like(ids)
+            mask[0, :padding] = 0
+        caches = [
+            StaticCache(model.config, max_cache_len=100) if static else DynamicCache()
+            for _ in range(2)
+        ]
+        before = graphs(model)
+        got = decode(model, caches[0], ids, mask=mask)
+        assert graphs(model) > before
+        assert torch.equal(got, eagerly(model, caches[1], ids, mask=mask))
+        assert caches[0].get_seq_length() == PROMPT + NEW
+
+
+@needs_cuda
+def test_masks_of_ones_and_positions_need_no_other_graph(model: Any) -> None:
+    ids, cache = prompt(2), StaticCache(model.config, max_cache_len=100)
+    expected = decode(model, cache, ids)
+    cache.reset()
+    assert torch.equal(decode(model, cache, ids, mask=torch.ones_like(ids)), expected)
+    assert graphs(model) == 1
+
+
+@needs_cuda
+def test_a_growing_cache_is_captured_again(model: Any) -> None:
+    ids = prompt(2)
+    got = decode(model, DynamicCache(), ids, new=600)
+    assert 1 < graphs(model) <= 4
+    assert torch.equal(got, eagerly(model, DynamicCache(), ids, new=600))
+
+
+@needs_cuda
+def test_a_long_static_cache_is_exact_at_every_length(model: Any) -> None:
+    """The graph is captured at one length and replayed up to the capacity."""
+
+    def cache() -> StaticCache:
+        return StaticCache(model.config, max_cache_len=700)
+
+    got = decode(model, cache(), prompt(1, 3), new=696)
+    assert torch.equal(got, eagerly(model, cache(), prompt(1, 3), new=696))
+
+
+@needs_cuda
+def test_graphs_are_bounded_and_old_ones_return(model: Any) -> None:
+    caches = [StaticCache(model.config, max_cache_len=80) for _ in range(graph.MOST_GRAPHS + 3)]
+    expected = eagerly(model, DynamicCache(), prompt())
+    for _ in range(2):
+        for cache in caches:
+            assert torch.equal(decode(model, cache, prompt()), expected)
+            cache.reset()
+    assert graphs(model) == graph.MOST_GRAPHS
+
+
+@needs_cuda
+def test_caches_and_models_take_turns() -> None:
+    models = [on_gpu(), on_gpu("W4A8KV8", num_hidden_layers=3)]
+    expected, turns = [], []
+    for seed, model in enumerate([*models, *models]):
+        ids = prompt(1 + seed, seed=seed)
+        expected.append(eagerly(model, DynamicCache(), ids))
+        turns.append([model, DynamicCache(), ids, []])
+    for _ in range(NEW + 1):
+        for turn in turns:
+            model, cache, ids, logits = turn
+            logits.append(decode(model, cache, ids, new=0))
+            turn[2] = logits[-1][:, -1].argmax(-1, keepdim=True)
+    for (*_, logits), one in zip(turns, expected, strict=True):
+        assert torch.equal(torch.cat(logits, 1), one)
+
+
+@needs_cuda
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"do_sample": True, "top_k": 20},
+        {"prompt_lookup_num_tokens": 3},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "static", "num_beams": 3},
+    ],
+)
+def test_generate(model: Any, options: dict[str, Any]) -> None:
+    def text() -> Tensor:
+        torch.manual_seed(0)
+        return model.generate(prompt(), max_new_tokens=40, min_new_tokens=40, **options)
+
+    got = text()
+    assert graphs(model) or "prompt_lookup_num_tokens" in options
+    assert torch.equal(text(), got)
+    model.quarot_graph = False
+    assert torch.equal(text(), got)
+
+
+@needs_cuda
+@pytest.mark.parametrize("padding", [0, 7])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"do_sample": True, "top_k": 20}, {"eos_token_id": list(range(3, 128, 9))}],
+)
+def test_own_loop_generates_the_same_text(
+    model: Any, options: dict[str, Any], padding: int
+) -> None:
+    """It starts a step before it knows whether there is one, and takes it back."""
+    ids = prompt(3)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    texts = []
+    for loop in ({}, {"custom_generate": quarot.generate}):
+        torch.manual_seed(0)
+        cache = DynamicCache()
+        texts.append(
+            model.generate(
+                ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                max_new_tokens=40,
+                **loop,
+                **options,
+            )
+        )
+        assert cache.get_seq_length() == texts[-1].shape[1] - 1
+    assert torch.equal(texts[0], texts[1])
+    assert texts[0].shape[1] < PROMPT + 40 or "eos_token_id" not in options
+
+
+@needs_cuda
+def test_cropping_goes_back(model: Any) -> None:
+    cache = DynamicCache()
+    first = decode(model, cache, prompt(), new=20)
+    cache.crop(-12)
+    ids = first[:, -13].argmax(-1, keepdim=True)
+    assert torch.equal(decode(model, cache, ids, new=11), first[:, -12:])
+
+
+@needs_cuda
+def test_a_copy_of_a_cache_goes_its_own_way(model: Any) -> None:
+    cache = DynamicCache()
+    first = decode(model, cache, prompt())
+    twin, ids = copy.deepcopy(cache), first[:, -1].argmax(-1, keepdim=True)
+    expected = decode(model, cache, ids)
+    decode(model, cache, prompt(seed=3))
+    assert torch.equal(decode(model, twin, ids), expected)
+
+
+@needs_cuda
+def test_on_another_stream(model: Any) -> None:
+    expected = decode(model, StaticCache(model.config, max_cache_len=80), prompt())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = decode(model, StaticCache(model.config, max_cache_len=80), prompt())
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(got, expected)
+
+
+# --- what is not a plain step -------------------------------------------------------------------
+
+
+@needs_cuda
+@torch.no_grad()
+def test_other_requests_run_eagerly(model: Any) -> None:
+    cache = DynamicCache()
+    ids = decode(model, cache, prompt())[:, -1].argmax(-1, keepdim=True)
+
+    def step(**options: Any) -> Any:
+        out = model(past_key_values=copy.deepcopy(cache), **{"input_ids": ids, **options})
+        return out
+
+    expected, captured = step().logits, graphs(model)
+    assert len(step(output_hidden_states=True).hidden_states) == 3
+    assert step(labels=ids).loss is not None
+    assert torch.equal(step(return_dict=False)[0], expected)
+    embedded = model.get_input_embeddings()(ids)
+    assert torch.equal(step(input_ids=None, inputs_embeds=embedded).logits, expected)
+    seen = []
+    hook = model.model.layers[1].register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(step().logits, expected) and seen == [1]
+    hook.remove()
+    with torch.autocast("cuda", torch.float16):
+        step()
+    with pytest.raises(ValueError, match="output_attentions"):
+        step(output_attentions=True)
+    assert graphs(model) == captured
+    assert torch.equal(step().logits, expected) and seen == [1]
+
+
+@needs_cuda
+def test_settings_of_the_model_count_too(model: Any) -> None:
+    decode(model, DynamicCache(), prompt())
+    with torch.no_grad():
+        cache = DynamicCache()
+        model(prompt(), past_key_values=cache)
+        model.config.output_hidden_states = True
+        try:
+            assert len(model(prompt(1, 1), past_key_values=cache).hidden_states) == 3
+        finally:
+            model.config.output_hidden_states = False
+
+
+@needs_cuda
+def test_a_model_is_freed_with_its_graphs() -> None:
+    held = []
+    for _ in range(2):  # the first also allocates what stays, such as cuBLAS's workspace
+        model = on_gpu()
+        decode(model, StaticCache(model.config, max_cache_len=80), prompt())
+        assert graphs(model) == 1
+        alive = weakref.ref(model)
+        del model
+        gc.collect()
+        assert alive() is None
+        held.append((torch.cuda.memory_allocated(), len(graph._recorders)))
+    assert held[0] == held[1]
+
+
+@needs_cuda
+def test_a_kv16_cache_runs_eagerly() -> None:
+    model = on_gpu("W4A4KV16")
+    decode(model, DynamicCache(), prompt())
+    assert graphs(model) == 0
+
+
+@needs_cuda
+def test_a_full_static_cache_is_an_error(model: Any) -> None:
+    cache = StaticCache(model.config, max_cache_len=PROMPT + NEW)
+    ids = decode(model, cache, prompt())[:, -1].argmax(-1, keepdim=True)
+    with pytest.raises(ValueError, match="max_cache_len"):
+        decode(model, cache, ids, new=0)
+    assert cache.get_seq_length() == PROMPT + NEW
+
+
+@needs_cuda
+def test_weights_that_moved(model: Any) -> None:
+    model = copy.deepcopy(model)
+    expected = decode(model, DynamicCache(), prompt())
+    ballast = torch.empty(1 << 20, device=CUDA)  # so that they do not return to their places
+    model.cpu()
+    ballast = [ballast, *(torch.empty_like(p, device=CUDA) for p in model.parameters())]
+    model.to(CUDA)
+    assert torch.equal(decode(model, DynamicCache(), prompt()), expected)
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(-model.lm_head.weight, requires_grad=False)
+    changed = decode(model, DynamicCache(), prompt())
+    assert torch.equal(changed[:, 0], -expected[:, 0])
+    assert torch.equal(changed, eagerly(model, DynamicCache(), prompt()))
+
+
+# --- failures -----------------------------------------------------------------------------------
+
+
+@needs_cuda
+def test_a_capture_that_fails_is_noted_and_decode_goes_on(
+    model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = eagerly(model, DynamicCache(), prompt())
+
+    def look(self: QuantizedLayer) -> int:
+        if self.lengths.recording:
+            self.lengths.start.tolist()  # waits for the device: not while a graph is captured
+        return self.length
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "quarot"):
+        patch.setattr(QuantizedLayer, "known_length", property(look))
+        assert torch.equal(decode(model, DynamicCache(), prompt()), expected)
+        assert torch.equal(decode(model, DynamicCache(), prompt()), expected)
+    assert caplog.text.count("capturing a decode step failed") == 1 and graphs(model) == 0
+    eagerly(model, DynamicCache(), prompt())  # off and on again: it may try anew
+    assert torch.equal(decode(model, DynamicCache(), prompt()), expected)
+    assert graphs(model) == 1
+
+
+@needs_cuda
+def test_an_interrupted_capture_leaves_cache_and_model_usable(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = eagerly(model, DynamicCache(), prompt())
+    cache = DynamicCache()
+    logits = decode(model, cache, prompt(), new=1)  # the first step of a kind is eager
+
+    def interrupt(self: Lengths, *args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    ids = logits[:, -1].argmax(-1, keepdim=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        at = Lengths.at
+        patch.setattr(
+            Lengths, "at", lambda self, *args: (interrupt if self.recording else at)(self, *args)
+        )
+        decode(model, cache, ids, new=0)
+    assert cache.get_seq_length() == PROMPT + 1
+    assert torch.equal(decode(model, cache, ids, new=NEW - 2), expected[:, 2:])
+
+
+@needs_cuda
+def test_out_of_memory_leaves_the_model_usable(model: Any) -> None:
+    expected = decode(model, DynamicCache(), prompt())
+    with pytest.raises(torch.OutOfMemoryError):
+        decode(model, StaticCache(model.config, max_cache_len=1 << 34), prompt())
+    assert torch.equal(decode(model, DynamicCache(), prompt()), expected)
+    torch.cuda.empty_cache()
+    used = torch.cuda.memory_reserved() / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(used)  # not a byte more
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            decode(model, DynamicCache(), prompt(64, 4096))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.equal(decode(model, DynamicCache(), prompt()), expected)
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+@needs_cuda
+@torch.no_grad()
+def test_nothing_grows_over_ten_thousand_tokens(model: Any) -> None:
+    cache = StaticCache(model.config, max_cache_len=10_100)
+    ids = decode(model, cache, prompt(), new=1000)[:, -1].argmax(-1, keepdim=True)
+    torch.cuda.synchronize()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    resident = resident_bytes()
+    for _ in range(9000):
+        ids = model(ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == allocated
+    assert torch.cuda.memory_reserved() == reserved
+    assert resident_bytes() - resident < 4 << 20  # a kilobyte a token would be 9 MB
+    assert graphs(model) == 1
+
+
+# --- the shape of a step ------------------------------------------------------------------------
+
+
+def kernels(model: Any, cache: Any, ids: Tensor) -> int:
+    """Count the kernels of a decode step."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        model(ids, past_key_values=cache)
+        torch.cuda.synchronize()
+    device = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type == device for event in profiler.events())
+
+
+@needs_cuda
+@torch.no_grad()
+@pytest.mark.parametrize("replayed", [False, True])
+def test_a_layer_is_at_most_eleven_kernels(monkeypatch: pytest.MonkeyPatch, replayed: bool) -> None:
+    """Of Llama-3-8B's sizes: the difference that a layer more makes."""
+    counts = []
+    for layers in (1, 3):
+        small = {**shapes.SHAPES["llama-3-8b"], "num_hidden_layers": layers, "vocab_size": 1000}
+        monkeypatch.setitem(shapes.SHAPES, "small", small)
+        model = shapes.build("small", "W4A4KV4", CUDA)
+        cache, ids = StaticCache(model.config, max_cache_len=300), prompt(1, 200)
+        model(ids, past_key_values=cache)
+        model.quarot_graph = replayed
+        for _ in range(3):
+            model(ids[:, :1], past_key_values=cache)
+        counts.append(kernels(model, cache, ids[:, :1]))
+        assert graphs(model) == replayed
+    assert 10 <= (counts[1] - counts[0]) / 2 <= 11
