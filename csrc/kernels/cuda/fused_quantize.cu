@@ -9,7 +9,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/device/any_transform.cuh"
-#include "kernels/cuda/device/fwht_few.cuh"
+#include "kernels/cuda/device/fwht.cuh"
 #include "kernels/cuda/device/fwht_sinks.cuh"
 #include "kernels/cuda/device/launch.cuh"
 #include "kernels/cuda/device/rows.cuh"
@@ -34,7 +34,7 @@ void transform_quantize(const Source& source, bool aligned, const HadamardMatrix
     if constexpr (kColumns) {
       const int row_groups = static_cast<int>(n / out.group);
       const QuantizeRows sink{out, FastDiv(static_cast<int>(out.group / kChunk)), row_groups};
-      if (launch_transform_rows(matrix, rows, n, source, sink, row_groups, stream)) return;
+      if (launch_fwht(matrix, rows, n, source, sink, row_groups, stream)) return;
     }
     const QuantizeSink sink{{out, FastDiv(static_cast<int>(out.group / kChunk))}};
     if (launch_transform<kColumns>(matrix, rows, n, inner, source, sink, n / out.group, stream))

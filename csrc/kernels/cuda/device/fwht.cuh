@@ -145,15 +145,14 @@ __device__ __forceinline__ void multiply_planes(float (&acc)[kRowTiles][8][4], c
                                                 const uint32_t* signs, uint32_t from,
                                                 uint32_t zeros) {
   const int row = threadIdx.x % 16;
-  uint32_t sign_bit = 0x80008000u, one = sign_bits<kDtype>(1) * 0x10001u;
-  forget_origin(sign_bit);  // in registers, so that a word takes one instruction after the shift
-  forget_origin(one);
   const auto multiply_step = [&](auto first, int step, const uint32_t* sign, uint32_t at) {
     const uint32_t bits = *sign;
     uint4 a[kRowTiles];
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
-      const auto word = [&](int w) { return (bits << (15 - sign_place(i, w)) & sign_bit) | one; };
+      const auto word = [&](int w) {
+        return (bits << (15 - sign_place(i, w)) & 0x80008000u) | sign_bits<kDtype>(1) * 0x10001u;
+      };
       a[i] = {word(0), word(1), word(2), word(3)};
     }
     if (step * 16 + row >= p.order) at = zeros;
@@ -427,21 +426,20 @@ __global__ void __launch_bounds__(max_threads(kRowTiles), 1)
       if (next < p.tiles) load_rest(next);
     }
     last_butterflies<Sink::kScaled>(result, p.scale);
-    sink.template take<false>(p, result, slots, tile, turn);
+    sink.take(p, result, slots, tile, turn);
   }
 }
 
 template <class Source, class Sink>
 bool launch_fwht(const HadamardMatrix& matrix, int64_t rows, int64_t n, const Source& source,
-                 const Sink& sink, int slots, Stream stream, int force_bits = 0,
-                 int force_tiles = 0) {
+                 const Sink& sink, int slots, Stream stream) {
   int log_n = 0;
   FwhtPlan p{};
   if (!can_transform(matrix, rows, n, log_n)) return false;
   const FwhtRequest request{
       matrix,           rows, n, rows == 1 || source.is_dense(n), Operand<Source>::kAreas, slots,
       Sink::kSlotBytes, log_n};
-  if (!plan_fwht(p, request, force_bits, force_tiles)) return false;
+  if (!plan_fwht(p, request)) return false;
   const auto go = [&](auto kernel) {
     prefer_shared_memory(kernel);
     launch_early(kernel, fwht_blocks(p), p.threads, p.shared_bytes, stream, p, source, sink);

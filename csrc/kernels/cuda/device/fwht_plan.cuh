@@ -1,5 +1,4 @@
-// How the kernels of fwht.cuh and fwht_few.cuh cut rows into tiles, and where a tile lies in shared
-// memory. What the names mean is in fwht.cuh.
+// How fwht_kernel (fwht.cuh) cuts rows into tiles, and where a tile lies in shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,8 +26,6 @@ constexpr int kZeroBytes = kGroupColumns * 2;
 
 /// Values of a thread are 32 row_tiles, so that these threads have the registers they need.
 constexpr int max_threads(int row_tiles) { return row_tiles == 1 ? 768 : 512; }
-constexpr int kFewThreads = 768;
-constexpr int kMostClustered = 16;  // blocks of a launch in clusters: more start too slowly
 
 /// Sizes are in elements unless they say otherwise.
 struct FwhtPlan {
@@ -48,11 +45,10 @@ struct FwhtPlan {
   int pitch;                   // of a row of the exchange
   int warp_units;              // chunks that a warp loads
   int table_at, raw_at, exchange_at, slots_at, shared_bytes, threads;
-  int cluster, block_rows;  // fwht_few.cuh: blocks of a cluster, rows of F^T X that each finishes
   const int8_t* factor;
   int factor_order, log_sylvester;  // K, q
   float scale;
-  FastDiv by_order, by_bands, by_steps, by_words, by_rows;
+  FastDiv by_order, by_bands, by_steps, by_words;
 };
 
 /// What a launch asks for.
@@ -95,19 +91,18 @@ inline bool plan_matrix(FwhtPlan& p, const FwhtRequest& r, int bits, int row_til
   return true;
 }
 
-/// Shared memory, with `columns` groups in the exchange and `rows` of it.
-inline void place_tile(FwhtPlan& p, const FwhtRequest& r, int columns, int rows, int buffers,
-                       bool overlay) {
+/// Places a tile in shared memory: table, operand, exchange, slots. The exchange lies over the
+/// operand's planes but the first: see fwht_kernel.
+inline void place_tile(FwhtPlan& p, const FwhtRequest& r, int buffers) {
   p.raw_pitch = p.groups * kGroupColumns * 2 + 16;
-  p.pitch = columns * kPaddedGroup;
+  p.pitch = p.groups * kPaddedGroup;
   if (p.pitch % (2 * kBankStep) != kBankStep) p.pitch += kBankStep;
   p.plane_bytes = p.order * p.raw_pitch;
   p.buffer_bytes = buffers == 2 ? p.plane_bytes : 0;
   p.raw_at = p.bands * p.steps * kWarp * 4 + kZeroBytes;
-  const int more = (r.areas - 1) * p.plane_bytes;
-  p.exchange_at = p.raw_at + buffers * p.plane_bytes + (overlay ? 0 : more);
-  const int exchange = std::max(rows * p.pitch, p.order * sign_words(p.order)) * 4;
-  p.slots_at = p.exchange_at + align_up(overlay ? std::max(exchange, more) : exchange, 16);
+  p.exchange_at = p.raw_at + buffers * p.plane_bytes;
+  const int exchange = p.order * std::max(p.pitch, sign_words(p.order)) * 4;
+  p.slots_at = p.exchange_at + align_up(std::max(exchange, (r.areas - 1) * p.plane_bytes), 16);
   p.shared_bytes = p.slots_at + align_up(2 * p.side * r.slots * r.slot_bytes, 16);
 }
 
@@ -139,32 +134,33 @@ inline bool plan_tile(FwhtPlan& p, const FwhtRequest& r, const DeviceLimits& dev
   p.threads = p.bands * p.groups * kWarp;
   p.warp_units = alone ? per_group * p.n / kChunk : 4 * row_tiles * kWarp;
   if (p.threads > max_threads(row_tiles)) return false;
-  place_tile(p, r, p.groups, p.order, buffers, true);
+  place_tile(p, r, buffers);
   return p.shared_bytes <= device.block_shared_bytes;
 }
 
-/// About the cost of an element: instructions, and more where few warps hide each other's latency.
+/// About the cost of an element: instructions, more where few warps hide each other's latency, and
+/// what else was measured on an H200: bands of warps read the same columns, one buffer, 64 values a
+/// thread. Few rows wait for one thread's work.
 inline float cost_of(const FwhtPlan& p, const DeviceLimits& device, int areas) {
   const auto f = [](int x) { return static_cast<float>(x); };
   const float rows = f(p.bands * p.row_tiles * kMmaRows) / f(p.order);  // with those of padding
-  const int early = std::min(p.bits, kColumnBits) - 2;
-  const float planes = areas > 1 ? 3.0f : 1.0f;
-  const float issue =
-      rows * (f(early) + 1.0f + planes * f(p.steps) * (0.4f + 0.3f / f(p.row_tiles))) +
-      f(p.bits - early);
+  const int early = std::min(p.bits, kColumnBits) - 2;                  // butterflies
+  const float product = (areas > 1 ? 3.0f : 1.0f) * f(p.steps) * (0.4f + 0.3f / f(p.row_tiles));
+  const float issue = rows * (f(early) + 1.0f + product) + f(p.bits - early);
   const int warps = blocks_of_processor(p, device) * p.threads / kWarp * p.row_tiles;
-  return issue * (1.0f + 8.0f / f(warps)) + (p.buffer_bytes == 0 ? 0.5f : 0.0f) + f(p.bands);
+  const float cost =
+      issue * (1.0f + 8.0f / f(warps)) + (p.buffer_bytes == 0 ? 0.25f : 0.0f) + f(p.bands);
+  const bool few = p.tiles <= device.processors;
+  return cost * (p.row_tiles == 1 ? 1.0f : few ? 1.3f : 1.08f);
 }
 
 /// Plans fwht_kernel. Returns false where the shape needs another kernel.
-inline bool plan_fwht(FwhtPlan& p, const FwhtRequest& r, int force_bits = 0, int force_tiles = 0) {
+inline bool plan_fwht(FwhtPlan& p, const FwhtRequest& r) {
   const DeviceLimits device = device_limits();
   float best = 0.0f;
   FwhtPlan found{};
   for (int bits = kLeastBits; bits <= kMostBits; ++bits) {
     for (int option = 0; option < 4; ++option) {
-      if ((force_bits && bits != force_bits) || (force_tiles && option != force_tiles - 1))
-        continue;
       if (!plan_tile(p, r, device, bits, 1 + option % 2, 2 - option / 2)) continue;
       const float cost = cost_of(p, device, r.areas);
       if (found.tiles == 0 || cost < best) {
@@ -182,28 +178,6 @@ inline int64_t fwht_blocks(const FwhtPlan& p) {
   const DeviceLimits device = device_limits();
   const int64_t most = int64_t{std::max(1, blocks_of_processor(p, device))} * device.processors;
   return std::min(int64_t{p.tiles}, most);
-}
-
-/// Plans fwht_few_kernel: a cluster of blocks a row.
-inline bool plan_few(FwhtPlan& p, const FwhtRequest& r) {
-  const DeviceLimits device = device_limits();
-  if (!device.starts_early || r.rows * 4 > device.processors) return false;
-  int bits = std::min(r.log_n, 8);
-  while (bits > kColumnBits && r.matrix.factor_order << (r.log_n - bits) < kMmaRows) --bits;
-  if (bits < kColumnBits || !plan_matrix(p, r, bits, 1)) return false;
-  const int wide = 1 << (bits - kColumnBits);
-  p.cluster = 1;  // blocks of about 4 warps, one for each scheduler
-  while (p.cluster < wide && r.slots <= 1 && p.bands * wide / p.cluster > kTileWarps &&
-         r.rows * p.cluster < kMostClustered)
-    p.cluster *= 2;
-  p.groups = wide / p.cluster;
-  p.side = 1;
-  p.tiles = static_cast<int>(r.rows);
-  p.threads = p.bands * p.groups * kWarp;
-  p.block_rows = static_cast<int>(ceil_div(p.order / 4, p.cluster)) * 4;
-  p.by_rows = FastDiv(p.block_rows);
-  place_tile(p, r, wide, p.block_rows, 1, false);
-  return p.threads <= kFewThreads && p.shared_bytes <= device.block_shared_bytes;
 }
 
 /// A request, if the matrix is one that the kernels know.

@@ -19,7 +19,7 @@ struct StoreRows {
   static constexpr int kSlotBytes = 0;
   static constexpr bool kScaled = true;  // wants the values scaled
   __device__ __forceinline__ void clear(const FwhtPlan&, unsigned char*) const {}
-  template <bool kCluster, class R>
+  template <class R>
   __device__ __forceinline__ void take(const FwhtPlan& p, R& result, unsigned char*, int tile,
                                        int) const {
     const int64_t first = int64_t{tile} * p.side * p.n;
@@ -66,23 +66,6 @@ struct QuantizeRows {
     atomicMax(&slot.high, range.high);
     if (!symmetric()) atomicMax(&slot.low, range.low);
   }
-  /// Into the first slot of all blocks of a cluster; ends with a barrier.
-  __device__ __forceinline__ void collect_cluster(const FwhtPlan& p, Slot* slots,
-                                                  const Range& range) const {
-    if (p.cluster == 1) {
-      if (threadIdx.x % kWarp == 0) collect(slots[0], range);
-      __syncthreads();
-    } else {
-      const int rank = static_cast<int>(threadIdx.x % kWarp);
-      if (rank < p.cluster) {
-        const uint32_t slot = cluster_address(shared_address(slots), rank);
-        max_cluster(slot, range.high);
-        max_cluster(slot + 4, range.low);
-      }
-      cluster_arrive();
-      cluster_wait();
-    }
-  }
   // Never conditional: ptxas 13.0 was seen to make a reduction depend on another lane's predicate.
   static __device__ __forceinline__ void merge_lanes(Range& range, int step) {
     range = merge(range, {__shfl_xor_sync(kAllLanes, range.high, step),
@@ -128,7 +111,7 @@ struct QuantizeRows {
     return {__float_as_int(high) & 0x7fffffff, __float_as_int(low) & 0x7fffffff};
   }
 
-  template <bool kCluster, class R>
+  template <class R>
   __device__ __forceinline__ void take(const FwhtPlan& p, R& result, unsigned char* memory,
                                        int tile, int turn) const {
     const int count = p.side * row_groups;
@@ -168,13 +151,9 @@ struct QuantizeRows {
       merge_row<R::kBits>(range);
       const bool leads = result.items > 0 && lane / 8 == 0 && (lane & ((1 << R::kInRow) - 1)) == 0;
       if (!p.alone) {
-        if constexpr (kCluster) {
-          collect_cluster(p, slots, range);
-        } else {
-          clear_others();
-          if (leads) collect(slots[result.row], range);
-          __syncthreads();
-        }
+        clear_others();
+        if (leads) collect(slots[result.row], range);
+        __syncthreads();
         range = {slots[result.row].high, slots[result.row].low};
       }
       const Grid grid = grid_of(p, range);

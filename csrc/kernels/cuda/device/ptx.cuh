@@ -326,15 +326,6 @@ __device__ __forceinline__ void store_cluster(uint32_t cluster, const int4& v) {
                "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
-__device__ __forceinline__ void store_cluster(uint32_t cluster, const float2& v) {
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(cluster), "f"(v.x), "f"(v.y)
-               : "memory");
-}
-/// At `cluster`: the larger one of v and what is there.
-__device__ __forceinline__ void max_cluster(uint32_t cluster, int v) {
-  asm volatile("red.relaxed.cluster.shared::cluster.max.s32 [%0], %1;" ::"r"(cluster), "r"(v)
-               : "memory");
-}
 /// Stores a word asynchronously: completes 4 bytes on `barrier` of that block.
 __device__ __forceinline__ void store_cluster_async(uint32_t cluster, uint32_t barrier, float v) {
   asm volatile(
