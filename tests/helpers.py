@@ -80,7 +80,7 @@ MODEL_SHAPES: dict[str, dict[str, Any]] = {
 
 
 def assert_accurate(actual: Tensor, in_torch: Tensor, exact: Tensor) -> None:
-    """Check a float result by DESIGN section 8's rule, against the float64 value `exact`.
+    """Check a float result by CONTRIBUTING.md's rule, against the float64 value `exact`.
 
     The largest error may be twice that of `in_torch`, the same formula in torch and the same dtype,
     plus one ulp of the largest value.
@@ -97,7 +97,7 @@ def assert_accurate(actual: Tensor, in_torch: Tensor, exact: Tensor) -> None:
 def assert_codes_agree(
     actual: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]
 ) -> None:
-    """Check (codes, scale, zero) of an op with a transform, norm or exponential (DESIGN section 4).
+    """Check (codes, scale, zero) of an op with a transform, norm or exponential (CONTRIBUTING.md).
 
     Scales within 4 ulp, of the row's largest where a row has several: the rounding errors before a
     group are those of the row. Codes and zero points differ by at most 1, in 0.1 % of elements.

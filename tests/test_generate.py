@@ -1,6 +1,6 @@
 """`generate` and its relatives on converted models.
 
-A4 and A8 models are chaotic at rounding level (DESIGN section 4), so text is compared only where
+A4 and A8 models are chaotic at rounding level (CONTRIBUTING.md), so text is compared only where
 nothing is quantized at run time (W16A16KV16, W4A16KV16); with the int4 cache the tests check
 logits within the noise of a code that flips, at 8 bits and 16-bit activations, and else properties.
 """

@@ -1,4 +1,4 @@
-"""Every instruction-set variant of the CPU kernels gives the same bits (DESIGN section 4).
+"""Every instruction-set variant of the CPU kernels gives the same bits (CONTRIBUTING.md).
 
 A variant is chosen once a process, so each runs in a subprocess with QUAROT_CPU_ISA and saves what
 all ops return on the same seeded inputs; the files are compared with baseline's.

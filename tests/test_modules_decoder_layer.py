@@ -1,8 +1,8 @@
 """The decoder layer: transformers' layer where nothing is quantized, the same codes' values in
 float64 where something is, and transformers' interface throughout.
 
-Only layers are compared, never whole 4-bit models: those are chaotic at rounding level (DESIGN
-section 4).
+Only layers are compared, never whole 4-bit models: those are chaotic at rounding level
+(CONTRIBUTING.md).
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def specified(x_q, x_scale, x_zero, w, w_scale, w_sum, *addends, out_dtype=torch
 
 
 def in_int64(x_q, x_scale, x_zero, w, w_scale, w_sum, bias=None, residual=None):
-    """The formula, on its own: int64 sums, then float32 in DESIGN's order."""
+    """The formula, on its own: int64 sums, then float32 in the specified order."""
     groups = w_scale.shape[1]
     y = 0
     for g, (xs, ws) in enumerate(zip(x_q.chunk(groups, -1), w.chunk(groups, -1), strict=True)):

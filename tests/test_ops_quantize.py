@@ -1,6 +1,6 @@
 """ops.quantize, dequantize, pack, unpack and the fused quantizers.
 
-`quantize` must equal its reference bit by bit; the fused ops follow DESIGN section 4's tolerance.
+`quantize` must equal its reference bit by bit; the fused ops follow CONTRIBUTING.md's tolerance.
 Both are compared with formulas written here on their own, in numpy's float32 or in float64, so that
 kernel and reference cannot share a mistake.
 """

@@ -9,7 +9,7 @@
 
 namespace quarot {
 
-/// Largest factor order that the project constructs (DESIGN section 4); kernels size their tiles by
+/// Largest factor order that the project constructs (CONTRIBUTING.md); kernels size their tiles by
 /// it.
 inline constexpr int64_t kMaxFactorOrder = 172;
 

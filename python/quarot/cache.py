@@ -5,7 +5,7 @@ whatever cache `generate` or a caller made (growing for `DynamicCache`, of fixed
 `StaticCache`). The kernels append to its buffers and attend to them; `update`, transformers' way
 to do both, raises.
 
-Layout (DESIGN section 4), D = head_dim, one scale and zero a token and head:
+Layout (CONTRIBUTING.md), D = head_dim, one scale and zero a token and head:
     codes uint8 [batch, kv_heads, capacity, D * bits / 8]
     scale fp16, zero uint8 [batch, kv_heads, capacity]
 The length is the same for every row (padding is the mask's business). A layer keeps it as a Python

@@ -2,9 +2,9 @@
 
 Importing this module registers `quantization_config` of `quant_method` "quarot" with transformers:
 `from_pretrained` then reads quarot checkpoints (`save_pretrained` writes them), and converts on the
-fly when it is given a `QuarotConfig`. A checkpoint's tensors are the canonical form of DESIGN
-section 6; every safetensors header is compared with what the config describes before a tensor is
-read, because transformers itself loads damaged checkpoints without an error.
+fly when it is given a `QuarotConfig`. A checkpoint's tensors are canonical (README,
+Design overview); every safetensors header is compared with what the config describes before a
+tensor is read, because transformers itself loads damaged checkpoints without an error.
 
 A saved config carries a marker in `hidden_act`: transformers without quarot would otherwise ignore
 the quantization and build a random model; with the marker it stops and shows the marker's text.

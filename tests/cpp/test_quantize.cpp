@@ -25,7 +25,7 @@ struct Group {
   int zero;
 };
 
-/// DESIGN section 4, one group.
+/// CONTRIBUTING.md, one group.
 Group quantized(const std::vector<float>& x, const Options& o) {
   float amax = 0, lo = 0, hi = 0;
   for (const float v : x) {

@@ -1,6 +1,6 @@
 """The decoder layer of a converted model: one implementation for every architecture.
 
-Ten op calls (DESIGN section 6): norm and quantize, q|k|v, RoPE + R3 + append to the quantized
+Ten op calls: norm and quantize, q|k|v, RoPE + R3 + append to the quantized
 cache, attention to it, head Hadamard and quantize, output projection + residual; norm and quantize,
 gate|up, activation + R4 + quantize, down projection + residual.
 

@@ -1,4 +1,4 @@
-"""The ops in plain torch: the executable specification of quarot's arithmetic (DESIGN section 4).
+"""The ops in plain torch: the executable specification of quarot's arithmetic (CONTRIBUTING.md).
 
 Every function has the name and the arguments of its wrapper in `quarot.ops`, runs on any device,
 and works in float32 in the order that the kernels keep (Hadamard sums: in float64), so that a

@@ -1,7 +1,7 @@
 """The int4 grid of weights: scales by clip search, codes, packing.
 
 A scale covers a row, or `group` columns of it, symmetric around zero: w is about scale * code, code
-in [-8, 7] (DESIGN section 4). All arithmetic is float32.
+in [-8, 7] (CONTRIBUTING.md). All arithmetic is float32.
 """
 
 from __future__ import annotations
