@@ -227,11 +227,15 @@ MODELS = [96, 576, 1536, 5120, 11008, 12288, 13824, 14336, 18944, 28672, 29568]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", POWERS + MODELS)
 def test_accuracy_at_all_sizes(device, n, dtype):
+    """Rows that lie apart and rows that follow each other, few (a kernel of their own) and more."""
     size = hadamard.split(n)[0]
-    x = torch.randn(3, n + 8).to(dtype)[:, :n]
+    x = torch.randn(19, n + 8).to(dtype)[:, :n]
     exact = hadamard.transform(x.double(), size)
     in_torch = hadamard.transform(x, size)
-    assert_accurate(ops.hadamard(x.to(device), size), in_torch, exact)
+    there = x.to(device)
+    for rows in (3, 19):
+        for view in (there[:rows], there[:rows].contiguous()):
+            assert_accurate(ops.hadamard(view, size), in_torch[:rows], exact[:rows])
 
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)

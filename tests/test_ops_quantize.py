@@ -436,6 +436,31 @@ def test_fused_huge_rows(device, n):
         assert_codes_agree(actual, getattr(reference, op)(x, *arguments))
 
 
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("n", [1536, 4096, 5120, 8192, 11008, 13824, 14336, 28672, 32768])
+def test_fused_transforms_of_few_rows(device, rows, n):
+    """They have a kernel of their own."""
+    for dtype in DTYPES:
+        x = torch.randn(rows, 2 * n + 16).to(dtype)[:, : 2 * n]
+        for op, *arguments in (
+            ("hadamard_quantize", n),
+            ("glu_hadamard_quantize", "silu"),
+            ("glu_hadamard_quantize", "gelu"),
+        ):
+            for options in ({"bits": 8, "clip": 0.9}, {"bits": 4, "packed": True, "clip": 0.9}):
+                actual = getattr(ops, op)(x.to(device), *arguments, **options)
+                assert_codes_agree(actual, getattr(reference, op)(x, *arguments, **options))
+            for bits in (4, 8):  # where a zero point lies between two numbers, codes move with it
+                codes = []
+                for module, there in ((ops, x.to(device)), (reference, x)):
+                    q, scale, zero = getattr(module, op)(
+                        there, *arguments, bits=bits, symmetric=False
+                    )
+                    codes.append((q.int() - zero.view(-1, 1), scale))
+                assert_codes_agree(*codes)
+
+
 def test_given_factor_is_used(device):
     factor = hadamard.factor_matrix(12).T.contiguous().to(device)
     x = torch.randn(20, 48, device=device)

@@ -18,7 +18,7 @@
 #include <type_traits>
 
 #include "kernels/cuda/device/any_transform.cuh"
-#include "kernels/cuda/device/fwht.cuh"
+#include "kernels/cuda/device/fwht_few.cuh"
 #include "kernels/cuda/device/fwht_sinks.cuh"
 #include "kernels/cuda/device/launch.cuh"
 #include "kernels/cuda/device/mma.cuh"
@@ -148,8 +148,8 @@ void hadamard_of(const HadamardArgs& args, Stream stream) {
   const bool aligned =
       chunks_are_aligned(args.x) && reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
   if (aligned && launch_short<kDtype>(args, stream)) return;
-  if (aligned && launch_fwht(args.matrix, args.x.rows, args.x.n, source,
-                             StoreRows<kDtype>{args.out}, 0, stream))
+  if (aligned && launch_rows_transform(args.matrix, args.x.rows, args.x.n, source,
+                                       StoreRows<kDtype>{args.out}, 0, stream))
     return;
   if (aligned && launch_transform<true>(args.matrix, args.x.rows, args.x.n, 1, source,
                                         StoreSink<kDtype>{args.out}, 0, stream))

@@ -335,6 +335,16 @@ __device__ __forceinline__ void store_cluster_async(uint32_t cluster, uint32_t b
       : "memory");
 }
 
+/// The same of two words.
+__device__ __forceinline__ void store_cluster_async(uint32_t cluster, uint32_t barrier,
+                                                    const float2& v) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::
+          "r"(cluster),
+      "f"(v.x), "f"(v.y), "r"(barrier)
+      : "memory");
+}
+
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
