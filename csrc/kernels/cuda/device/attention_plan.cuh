@@ -80,7 +80,7 @@ Division divide(const AttentionArgs& a) {
           1};
 }
 
-// ---- On the device: the sequence and keys of a block ----------------------------------------------
+// ---- On the device: the sequence and keys of a block -----------------------------------------
 
 /// The keys of a sequence that its queries see, in blocks: those of the first one's window, to its
 /// length.
