@@ -28,6 +28,7 @@ from quarot.cache import Lengths, QuantizedLayer
 
 CUDA = torch.device("cuda")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_CUDA)
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 PROMPT, NEW = 60, 12
 
 
@@ -259,6 +260,27 @@ def test_on_another_stream(model: Any) -> None:
 
 
 # --- what is not a plain step -------------------------------------------------------------------
+
+
+@needs_two
+def test_on_the_second_device(model: Any) -> None:
+    expected = decode(model, DynamicCache(), prompt(2))
+    other = copy.deepcopy(model).to("cuda:1")
+    assert torch.cuda.current_device() == 0
+    got = decode(other, DynamicCache(), prompt(2).to("cuda:1"))
+    assert graphs(other) > 0
+    assert torch.equal(got.to(CUDA), expected)
+
+
+@needs_two
+def test_a_model_split_over_devices_runs_eagerly(model: Any, tmp_path: Path) -> None:
+    expected = decode(model, DynamicCache(), prompt(2))
+    model.save_pretrained(tmp_path)
+    first, second = ("model.embed_tokens", "model.layers.0"), ("model.layers.1", "model.norm")
+    places = dict.fromkeys(first, 0) | dict.fromkeys((*second, "lm_head"), 1)
+    split = quarot.load(tmp_path, device_map={**places, "model.rotary_emb": 0})
+    assert torch.equal(decode(split, DynamicCache(), prompt(2)).to(CUDA), expected)
+    assert graphs(split) == 0
 
 
 @needs_cuda
