@@ -292,6 +292,12 @@ __device__ __forceinline__ void prefetch_l2(const void* p) {
 }
 
 /// L2 <- `bytes`, a multiple of 16, from a multiple of 16; nothing before sm_90.
+__device__ __forceinline__ void bulk_prefetch_l2(const void* global, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+#endif
+}
+/// The same with a hint.
 __device__ __forceinline__ void bulk_prefetch_l2(const void* global, int bytes, uint64_t hint) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(global),
