@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+from transformers.generation.streamers import BaseStreamer
 
 import quarot
 from helpers import NO_CUDA, tiny_model
@@ -442,6 +443,32 @@ def test_out_of_memory_leaves_the_model_usable(model: Any) -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert torch.equal(decode(model, DynamicCache(), prompt()), expected)
+
+
+@needs_cuda
+@pytest.mark.parametrize("loop", [{}, {"custom_generate": quarot.generate}])
+def test_a_streamer_that_raises_leaves_the_model_usable(model: Any, loop: dict[str, Any]) -> None:
+    """Our own loop has started the next step by then, and takes it back."""
+
+    class Cancel(BaseStreamer):
+        given = 0
+
+        def put(self, tokens: Tensor) -> None:
+            self.given += 1
+            if self.given == 5:
+                raise InterruptedError
+
+        def end(self) -> None: ...
+
+    def text(ids: Tensor, new: int, **options: Any) -> Tensor:
+        return model.generate(ids, max_new_tokens=new, min_new_tokens=new, **options)
+
+    expected, cache = text(prompt(), NEW, **loop), DynamicCache()
+    with pytest.raises(InterruptedError):
+        text(prompt(), NEW, past_key_values=cache, streamer=Cancel(), **loop)
+    assert cache.get_seq_length() == PROMPT + 3 and graphs(model) > 0
+    seen = expected[:, : PROMPT + 4]
+    assert torch.equal(text(seen, NEW - 4, past_key_values=cache, **loop), expected)
 
 
 def resident_bytes() -> int:
