@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+from transformers.generation.streamers import BaseStreamer
 
 import quarot
 from helpers import NO_CUDA, tiny_model
@@ -28,6 +29,7 @@ from quarot.cache import Lengths, QuantizedLayer
 
 CUDA = torch.device("cuda")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_CUDA)
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 PROMPT, NEW = 60, 12
 
 
@@ -261,6 +263,27 @@ def test_on_another_stream(model: Any) -> None:
 # --- what is not a plain step -------------------------------------------------------------------
 
 
+@needs_two
+def test_on_the_second_device(model: Any) -> None:
+    expected = decode(model, DynamicCache(), prompt(2))
+    other = copy.deepcopy(model).to("cuda:1")
+    assert torch.cuda.current_device() == 0
+    got = decode(other, DynamicCache(), prompt(2).to("cuda:1"))
+    assert graphs(other) > 0
+    assert torch.equal(got.to(CUDA), expected)
+
+
+@needs_two
+def test_a_model_split_over_devices_runs_eagerly(model: Any, tmp_path: Path) -> None:
+    expected = decode(model, DynamicCache(), prompt(2))
+    model.save_pretrained(tmp_path)
+    first, second = ("model.embed_tokens", "model.layers.0"), ("model.layers.1", "model.norm")
+    places = dict.fromkeys(first, 0) | dict.fromkeys((*second, "lm_head"), 1)
+    split = quarot.load(tmp_path, device_map={**places, "model.rotary_emb": 0})
+    assert torch.equal(decode(split, DynamicCache(), prompt(2)).to(CUDA), expected)
+    assert graphs(split) == 0
+
+
 @needs_cuda
 @torch.no_grad()
 def test_other_requests_run_eagerly(model: Any) -> None:
@@ -420,6 +443,32 @@ def test_out_of_memory_leaves_the_model_usable(model: Any) -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert torch.equal(decode(model, DynamicCache(), prompt()), expected)
+
+
+@needs_cuda
+@pytest.mark.parametrize("loop", [{}, {"custom_generate": quarot.generate}])
+def test_a_streamer_that_raises_leaves_the_model_usable(model: Any, loop: dict[str, Any]) -> None:
+    """Our own loop has started the next step by then, and takes it back."""
+
+    class Cancel(BaseStreamer):
+        given = 0
+
+        def put(self, tokens: Tensor) -> None:
+            self.given += 1
+            if self.given == 5:
+                raise InterruptedError
+
+        def end(self) -> None: ...
+
+    def text(ids: Tensor, new: int, **options: Any) -> Tensor:
+        return model.generate(ids, max_new_tokens=new, min_new_tokens=new, **options)
+
+    expected, cache = text(prompt(), NEW, **loop), DynamicCache()
+    with pytest.raises(InterruptedError):
+        text(prompt(), NEW, past_key_values=cache, streamer=Cancel(), **loop)
+    assert cache.get_seq_length() == PROMPT + 3 and graphs(model) > 0
+    seen = expected[:, : PROMPT + 4]
+    assert torch.equal(text(seen, NEW - 4, past_key_values=cache, **loop), expected)
 
 
 def resident_bytes() -> int:

@@ -35,10 +35,10 @@ from transformers.quantizers.base import HfQuantizer
 from quarot import graph
 from quarot.config import QuarotConfig
 from quarot.models import Architecture, Geometry, describe
+from quarot.modules import norm, rotary
 from quarot.modules.canonical import DTYPES
 from quarot.modules.decoder_layer import DecoderLayer
 from quarot.modules.linear import QuantizedLinear, backend_ops
-from quarot.modules.rotary import keep_float32
 
 MARKER = " [quarot checkpoint: run 'import quarot' before from_pretrained]"
 """Appended to `hidden_act` of a converted model's config."""
@@ -224,7 +224,8 @@ def adopt(model: Any, config: QuarotConfig) -> Any:
     model.config._attn_implementation = "quarot"  # ours: others ignore padding or the int4 cache
     model.config.hidden_act = model.config.hidden_act.removesuffix(MARKER) + MARKER
     arch = describe(model.config)
-    keep_float32(model.get_submodule(arch.rotary))
+    rotary.take_over(model.get_submodule(arch.rotary))
+    norm.take_over(model.get_submodule(arch.final_norm))
     decoder = model.get_submodule(arch.decoder)
     for module in (model, decoder):
         module._no_split_modules = {*(module._no_split_modules or ()), DecoderLayer.__name__}

@@ -30,7 +30,21 @@ __device__ __forceinline__ void cp_async_wait_all() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+/// A hint for the L2: what is read with it leaves first, or as ever.
+__device__ __forceinline__ uint64_t l2_hint(bool leaves_first) {
+  uint64_t first, normal;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
+  return leaves_first ? first : normal;
+}
 /// cp_async_16, or zeros where `valid` is false (nothing is read then).
+__device__ __forceinline__ void cp_async_16_or_zero(uint32_t shared, const void* global, bool valid,
+                                                    uint64_t hint) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared),
+               "l"(global), "r"(valid ? 16 : 0), "l"(hint)
+               : "memory");
+}
+/// The same without a hint.
 __device__ __forceinline__ void cp_async_16_or_zero(uint32_t shared, const void* global,
                                                     bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
@@ -281,6 +295,14 @@ __device__ __forceinline__ void prefetch_l2(const void* p) {
 __device__ __forceinline__ void bulk_prefetch_l2(const void* global, int bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+#endif
+}
+/// The same with a hint.
+__device__ __forceinline__ void bulk_prefetch_l2(const void* global, int bytes, uint64_t hint) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(global),
+               "r"(bytes), "l"(hint)
+               : "memory");
 #endif
 }
 
