@@ -47,7 +47,7 @@ inline constexpr int64_t kNoWindow = int64_t{1} << 30;
 
 namespace cpu {
 
-/// Floats of workspace that a call needs. `longest` = max(lengths).
+/// Floats of workspace that a call with lengths up to `longest` needs.
 int64_t attention_workspace(const AttentionArgs& args, int64_t longest);
 
 void attention(const AttentionArgs& args, const Executor& executor);

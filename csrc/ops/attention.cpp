@@ -50,7 +50,7 @@ Call checked(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale, cons
   Call call;
   AttentionArgs& args = call.args;
   args.dtype = dtype_of(q.scalar_type(), kOp, "q");
-  call.queries = q.is_contiguous() ? q : torch::stable::contiguous(q);
+  call.queries = q.is_contiguous() ? q : dense_copy(q);
   require_cache(k_codes, k_scale, k_zero, shape, bits, q, kOp, {"k_codes", "k_scale", "k_zero"});
   require_cache(v_codes, v_scale, v_zero, shape, bits, q, kOp, {"v_codes", "v_scale", "v_zero"});
   call.lengths = require_dense(lengths, ScalarType::Int, {batch}, q, kOp, "lengths", "q");
@@ -71,7 +71,7 @@ Call checked(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale, cons
                        mask->size(3) >= call.longest,
                    kOp, "mask must be [", batch, ", 1 or ", heads, ", ", seq, ", at least ",
                    call.longest, "]; got ", describe(*mask));
-    call.mask = mask->stride(3) == 1 ? *mask : torch::stable::contiguous(*mask);
+    call.mask = mask->stride(3) == 1 ? *mask : dense_copy(*mask);
     args.mask = data<const bool>(call.mask);
     args.mask_keys = call.mask->size(3);
     args.mask_batch_stride = call.mask->stride(0);
@@ -110,7 +110,9 @@ Tensor attention_cpu(const Tensor& q, const Tensor& k_codes, const Tensor& k_sca
   AttentionArgs& args = call.args;
   const Tensor out = new_out(q);
   if (q.numel() == 0) return out;
-  const int64_t floats = cpu::attention_workspace(args, call.longest);
+  // A tape runs at other lengths too.
+  const int64_t floats = cpu::attention_workspace(
+      args, Tape::current() == nullptr ? call.longest : args.capacity);
   const Tensor workspace = new_tensor(q, {floats}, ScalarType::Float);
   args.out = out.data_ptr();
   args.workspace = data<float>(workspace);

@@ -462,6 +462,19 @@ QUAROT_INLINE void load_halves(NativeI32& v, const void* p, const void* q) {
 }
 #endif
 
+// ---- Codes ----
+
+/// The low nibbles of the lanes, less 8.
+QUAROT_INLINE F32 centred_nibbles(const I32& v) {
+#if defined(__AVX512F__)
+  constexpr NativeF32 values = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+  // maskz: as in `load` above. Of an index only the low four bits count.
+  return _mm512_maskz_permutexvar_ps(0xffff, (__m512i)v, values);
+#else
+  return to_f32((v & i32(15)) - i32(8));
+#endif
+}
+
 // ---- Reductions over the lanes, in one fixed order: halves, quarters, ... ----
 
 /// Sum of the 16 lanes.
