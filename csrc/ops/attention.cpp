@@ -98,6 +98,11 @@ Call checked(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale, cons
   return call;
 }
 
+/// Most queries a sequence that our kernels take where torch's attention is an alternative, which
+/// needs keys and values, and mostly a mask, written out: ours reads the cache once for 16 rows of
+/// queries on CUDA.
+constexpr int64_t kDecodeQueries = 32;
+
 Tensor new_out(const Tensor& q) { return new_tensor(q, sizes_of(q), q.scalar_type()); }
 
 Tensor attention_cpu(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale,
@@ -108,6 +113,11 @@ Tensor attention_cpu(const Tensor& q, const Tensor& k_codes, const Tensor& k_sca
   Call call = checked(q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, lengths, mask, bits,
                       scale, length, window, block_table);
   AttentionArgs& args = call.args;
+  if (args.seq > kDecodeQueries && args.dtype == DType::bf16 && args.mask == nullptr &&
+      length == args.seq && args.window >= args.seq && q.numel() != 0 &&
+      cpu::prefers_torch_attention()) {
+    return causal_on_cpu(call.queries, args, scale);
+  }
   const Tensor out = new_out(q);
   if (q.numel() == 0) return out;
   // A tape runs at other lengths too.
@@ -121,9 +131,6 @@ Tensor attention_cpu(const Tensor& q, const Tensor& k_codes, const Tensor& k_sca
 }
 
 #ifdef QUAROT_WITH_CUDA
-/// Most queries a sequence that the kernel takes: it reads the cache once for 16 rows of queries,
-/// where torch's attention needs keys and values, and mostly a mask, written out.
-constexpr int64_t kDecodeQueries = 32;
 constexpr uintptr_t kAlignment = 16;
 
 bool is_aligned(const Tensor& x) {

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module
 from transformers.cache_utils import Cache
 
-from quarot import _C
 from quarot.cache import QuantizedLayer
 from quarot.modules import linear
+from quarot.ops.library import Tape
 
 enabled = True
 """Whether steps are replayed at all."""
@@ -27,7 +28,7 @@ enabled = True
 MOST_ROWS = 16
 """Sequences up to which calls are so short that it matters."""
 CALLS = 10
-"""Kernel calls of a step; a layer that makes others uses torch in between, which no tape has."""
+"""Kernel calls of a step."""
 
 # Not on the layers: those are copied and saved, tapes cannot be.
 _tapes: weakref.WeakKeyDictionary[Any, _Tape] = weakref.WeakKeyDictionary()
@@ -76,16 +77,18 @@ class _Tape:
         self.stamp, self.start, self.moves = held.stamp, start, linear.moves()
         self.norms = list(layer._norms.values())
         self.addresses = self._addresses()
-        self.hooks = [
-            hooks
-            for kernel in layer.kernels.values()
-            for hooks in (kernel._forward_hooks, kernel._forward_pre_hooks)
-        ]
+        self.hooks = [module._global_forward_hooks, module._global_forward_pre_hooks]
+        for kernel in layer.kernels.values():
+            self.hooks += kernel._forward_hooks, kernel._forward_pre_hooks
+        # With 16 bits anywhere, or norms of q and k, torch computes in between: no tape has that.
+        config, norms = layer.config, layer._norms
+        self.integer = layer.backend == "kernel" and not {"q_norm", "k_norm"} & norms.keys()
+        self.integer &= max(config.w_bits, config.a_bits, config.kv_bits) < 16
         self.shape, self.dtype = x.shape, x.dtype
         self.angles = cos.shape, cos.dtype
         # Where the calls find their input; contiguous, as `fits` asks of those to come.
         self.inputs = [t.clone(memory_format=torch.contiguous_format) for t in (x, cos, sin)]
-        self.tape = _C.Tape([(t.data_ptr(), t.nbytes) for t in self.inputs])
+        self.tape = Tape([(t.data_ptr(), t.nbytes) for t in self.inputs])
         self.usable = False
         self.result = 0, 0
 
@@ -117,14 +120,12 @@ class _Tape:
             out = compute(x, (cos, sin))
         finally:
             self.tape.end()
-        self.usable = self.tape.calls == CALLS
+        self.usable = self.integer and self.tape.calls == CALLS
         self.result = out.data_ptr(), out.nbytes
         return out.clone()
 
     def run(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Make the calls on another input; return the output."""
         out = torch.empty_like(x)
-        self.tape.run(
-            [x.data_ptr(), cos.data_ptr(), sin.data_ptr()], self.result, out.data_ptr()
-        )
+        self.tape.run([x.data_ptr(), cos.data_ptr(), sin.data_ptr()], self.result, out.data_ptr())
         return out
