@@ -23,8 +23,10 @@ AttentionSplit attention_split(const AttentionArgs& a, int64_t longest) {
 }
 
 int64_t attention_workspace(const AttentionArgs& a, int64_t longest) {
-  const int64_t splits = attention_split(a, longest).splits;
-  return splits == 1 ? 0 : a.batch * a.seq * a.heads * splits * attention_partial(a.head_dim);
+  if (attention_split(a, longest).splits == 1) return 0;
+  const int64_t splits = ceil_div(longest, kAttentionSplitKeys);
+  const int64_t most = splits < kAttentionMaxSplits ? splits : kAttentionMaxSplits;
+  return a.batch * a.seq * a.heads * most * attention_partial(a.head_dim);
 }
 
 void attention(const AttentionArgs& args, const Executor& executor) {
