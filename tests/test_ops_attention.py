@@ -518,6 +518,30 @@ def test_cuda_accuracy(seq, heads, kv_heads, dim, bits, dtype, masked):
 
 
 @on_cuda
+@pytest.mark.parametrize("capacity", [70, 2100, 20000])
+@pytest.mark.parametrize("seq", [1, 3, 8])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "bits", "dtype", "masked"), CASES)
+def test_cuda_one_sequence(heads, kv_heads, dim, bits, dtype, masked, seq, capacity):
+    """Any text in a cache of any size; what lies beyond it has no effect; and the length is written
+    just before."""
+    q, cache = on_gpu(1, seq, heads, kv_heads, dim, capacity, bits, dtype)
+    mask = random_mask(masked, 1, heads, seq, capacity)
+    lengths = ints(capacity).to(CUDA)
+    settings = {"bits": bits, "scale": dim**-0.5}
+    for length in sorted({capacity, capacity - 1, capacity // 3, 65, 2, 0}, reverse=True):
+        for scale in (cache[1], cache[4]):
+            scale[:, :, length:] = torch.nan
+        lengths.fill_(length)
+        actual = ops.attention(q, *cache, lengths, mask, **settings)
+        kept = [torch.nan_to_num(part) if part.is_floating_point() else part for part in cache]
+        exact = all_at_once(q, kept, lengths, bits, dim**-0.5, mask)
+        in_torch = torch_attention(q, kept, lengths, bits, dim**-0.5, mask)
+        assert_accurate(actual, in_torch, exact)
+        seen = seen_keys(q.shape, capacity, lengths, mask).any(-1).expand(-1, heads, -1)
+        assert not actual.transpose(1, 2)[~seen].any()
+
+
+@on_cuda
 @pytest.mark.parametrize("capacity", [64, 640, 2048])
 @pytest.mark.parametrize("seq", [1, 4, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -348,12 +348,21 @@ __device__ __forceinline__ void store_cluster(uint32_t cluster, const int4& v) {
                "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
-/// Stores a word asynchronously: completes 4 bytes on `barrier` of that block.
-__device__ __forceinline__ void store_cluster_async(uint32_t cluster, uint32_t barrier, float v) {
+/// Stores asynchronously: completes 16 or 8 bytes on `barrier` of that block.
+__device__ __forceinline__ void store_cluster_async(uint32_t cluster, uint32_t barrier,
+                                                    const float4& v) {
   asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
-          cluster),
-      "f"(v), "r"(barrier)
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(cluster),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void store_cluster_async(uint32_t cluster, uint32_t barrier,
+                                                    const float2& v) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, "
+      "[%3];" ::"r"(cluster),
+      "f"(v.x), "f"(v.y), "r"(barrier)
       : "memory");
 }
 
