@@ -18,9 +18,11 @@
 //
 //     whole tiles    in clusters of `pair` = 2 blocks: neighbouring channels; each copies half of
 //                    the activations, to both
-//     parted tiles   each block of the cluster has a part of k, where there are fewer tiles than
-//                    processors, or in the last wave, one for each two blocks; the sums, which are
-//                    exact, are exchanged through the rings, and each block finishes some pieces
+//     narrow tiles   the last wave, if it would leave processors idle: tiles of 64, 128 or 192
+//                    channels; the other warpgroups have nothing to do
+//     parted tiles   where there are fewer tiles than processors: each block of the cluster has a
+//                    part of k; the sums, which are exact, are exchanged through the rings, and
+//                    each block finishes some pieces
 //
 // One scale a channel; scales of groups have kernels of their own (linear_int4_grouped.cuh).
 //
@@ -56,7 +58,8 @@ constexpr int kColumns = 128;  // of a stage: a row of the 128-byte swizzle
 constexpr int kStrip = 16;
 constexpr int kHalfStripBytes = 512;
 constexpr int kStripBytes = 2 * kHalfStripBytes;  // of a stage
-constexpr int kWeightBytes = kChannels / kStrip * kStripBytes;
+constexpr int kGroupWeightBytes = kGroupChannels / kStrip * kStripBytes;
+constexpr int kWeightBytes = kConsumers * kGroupWeightBytes;
 
 // Outputs of a warpgroup leave in pieces; a box of the copy engine is one.
 constexpr int kPieceTokens = 16;
@@ -136,10 +139,15 @@ struct Params {
   int stages;           // of k
   int cluster;          // blocks
   int pair;             // blocks of a cluster that have neighbouring whole tiles
-  int whole_tiles;      // of a cluster, of those above
-  int parted_tiles;     // single ones
-  bool boxes;           // outputs of 16 bits leave through the copy engine
-  bool load_boxes;      // and the residual comes through it
+  int whole_tiles;      // of a cluster
+  bool parted;          // its blocks share the columns of each
+  int narrow_tiles;     // of a cluster, after the whole ones; token tiles are one set then
+  int narrow_groups;    // warpgroups that have channels there
+  int copied_groups;    // warpgroups whose weights are copied; more than need them in narrow tiles
+  int narrow_channel;   // the first one
+  FastDiv narrow_tokens;  // token tiles
+  bool boxes;             // outputs of 16 bits leave through the copy engine
+  bool load_boxes;        // and the residual comes through it
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -162,24 +170,38 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
   }
 }
 
-/// Where a tile begins, and the stages [first, last) of this block's part of k.
+/// Where a tile begins, the stages [first, last) of this block's part of k, and how many
+/// warpgroups have channels.
 struct Tile {
   int channel, token;
   int first, last;
-  bool parted;  // between the blocks of the cluster
+  int groups;
 };
 
-/// The tile of block `neighbour` of those that share activations: in sets of kTokenTiles token
-/// tiles, these for one channel tile after the other.
+/// Tile t of block `rank` of a cluster: in sets of kTokenTiles token tiles, these for one channel
+/// tile after the other.
 template <class C>
-__device__ __forceinline__ Tile tile_at(const Params& p, int t, int neighbour) {
+__device__ __forceinline__ Tile tile_at(const Params& p, int t, int rank) {
   const int set = p.set_tiles(t);
   const int rest = t - set * p.set_tiles.divisor();
   const bool whole = (set + 1) * kTokenTiles <= p.token_tiles;
   const int channel = whole ? rest / kTokenTiles : p.last_tokens(rest);
   const int token = rest - channel * (whole ? kTokenTiles : p.last_tokens.divisor());
-  return {(channel * p.pair + neighbour) * kChannels, (set * kTokenTiles + token) * C::kTokens, 0,
-          p.stages, false};
+  const int first_token = (set * kTokenTiles + token) * C::kTokens;
+  if (p.parted) {
+    return {channel * kChannels, first_token, p.stages * rank / p.cluster,
+            p.stages * (rank + 1) / p.cluster, kConsumers};
+  }
+  return {(channel * p.pair + rank) * kChannels, first_token, 0, p.stages, kConsumers};
+}
+
+/// The same of narrow tiles.
+template <class C>
+__device__ __forceinline__ Tile narrow_tile(const Params& p, int t, int rank) {
+  const int column = p.narrow_tokens(t);
+  const int channels = p.narrow_groups * kGroupChannels;
+  return {p.narrow_channel + (column * p.pair + rank) * channels,
+          (t - column * p.narrow_tokens.divisor()) * C::kTokens, 0, p.stages, p.narrow_groups};
 }
 
 /// The number of this block's cluster, and the block's in it.
@@ -190,28 +212,16 @@ __device__ __forceinline__ int rank_of(const Params& p) {
   return static_cast<int>(blockIdx.x) % p.cluster;
 }
 
-/// Whether this cluster's last tile is parted.
-__device__ __forceinline__ bool has_parted(const Params& p) {
-  return cluster_of(p) < p.parted_tiles;
-}
-
 /// Calls body(tile) for each tile of this block.
 template <class C, class Body>
 __device__ __forceinline__ void for_tiles(const Params& p, const Body& body) {
   const int cluster = cluster_of(p), rank = rank_of(p);
   const int clusters = static_cast<int>(gridDim.x) / p.cluster;
-  bool parted = false;
-  for (int t = cluster; !parted; t += clusters) {
-    parted = t >= p.whole_tiles;
-    if (parted && !has_parted(p)) return;
-    Tile tile = tile_at<C>(p, parted ? p.whole_tiles + cluster / p.pair : t,
-                           parted ? cluster % p.pair : rank);
-    if (parted) {
-      tile.first = p.stages * rank / p.cluster;
-      tile.last = p.stages * (rank + 1) / p.cluster;
-      tile.parted = true;
-    }
-    body(tile);
+  bool narrow = false;
+  for (int t = cluster; !narrow; t += clusters) {
+    narrow = t >= p.whole_tiles;
+    if (narrow && cluster >= p.narrow_tiles) return;
+    body(narrow ? narrow_tile<C>(p, cluster, rank) : tile_at<C>(p, t, rank));
   }
 }
 
@@ -228,10 +238,10 @@ __device__ __forceinline__ void fill_ring(const Params& p, uint32_t shared) {
       const uint32_t full = shared + C::kFullAt + ring.stage * 8;
       const uint32_t x = shared + ring.stage * C::kTokenBytes;
       wait(shared + C::kEmptyAt + ring.stage * 8, ring.parity ^ 1);
-      mbarrier_expect(full, C::kTokenBytes + kWeightBytes);
+      mbarrier_expect(full, C::kTokenBytes + p.copied_groups * kGroupWeightBytes);
       tma_load(shared + C::kWeightsAt + ring.stage * kWeightBytes, &p.w, s * (kStripBytes / 4),
                tile.channel / kStrip, full);
-      if (tile.parted) {
+      if (p.parted) {
         for (int i = 0; i < C::kTokens; i += tokens) {
           tma_load(x + i * kColumns, &p.x, s * kColumns, tile.token + i, full);
         }
@@ -370,9 +380,9 @@ struct Consumer {
     return descriptor(shared + ring.stage * C::kTokenBytes);
   }
   /// The ring's barriers that this lane, below `pair`, arrives at for its warp: of each block that
-  /// copies to this one; for a parted tile `pair` times its own.
-  __device__ __forceinline__ uint32_t empty_barriers(const Tile& tile) const {
-    return cluster_address(shared + C::kEmptyAt, tile.parted ? rank : min(lane(), p.pair - 1));
+  /// copies to this one.
+  __device__ __forceinline__ uint32_t empty_barriers() const {
+    return cluster_address(shared + C::kEmptyAt, p.parted ? rank : min(lane(), p.pair - 1));
   }
   /// This warp needs the stage no more.
   __device__ __forceinline__ void release_stage(uint32_t empty) {
@@ -384,7 +394,7 @@ struct Consumer {
   /// it: asked for all at once it would hold up the ring.
   __device__ __forceinline__ void multiply_tile(int (&sums)[kSums], const Tile& tile) {
     const int stages = tile.last - tile.first;
-    const uint32_t empty = empty_barriers(tile), mine = first_weights();
+    const uint32_t empty = empty_barriers(), mine = first_weights();
     const int pause = p.load_boxes ? max(1, stages / (C::kPieces + 1)) : stages;
     int piece = 0;
     for (int end = tile.first, s = end; s < tile.last;) {
@@ -406,6 +416,15 @@ struct Consumer {
         fetch_residual(tile, piece, next);
         piece = next;
       }
+    }
+  }
+
+  /// Without channels in a tile.
+  __device__ __forceinline__ void skip_tile(const Tile& tile) {
+    const uint32_t empty = empty_barriers();
+    for (int s = tile.first; s < tile.last; ++s) {
+      await_stage();
+      release_stage(empty);
     }
   }
 
@@ -433,8 +452,8 @@ struct Consumer {
   __device__ __forceinline__ int number(int piece) const { return group * C::kPieces + piece; }
   __device__ __forceinline__ int owner(int piece) const { return number(piece) % p.cluster; }
   /// A bit for each piece that this block finishes.
-  __device__ __forceinline__ uint32_t owned_pieces(const Tile& tile) const {
-    if (!tile.parted) return ~0u;
+  __device__ __forceinline__ uint32_t owned_pieces() const {
+    if (!p.parted) return ~0u;
     uint32_t owned = 0;
 #pragma unroll 1
     for (int i = 0; i < C::kPieces; ++i) {
@@ -530,7 +549,7 @@ struct Consumer {
   __device__ __forceinline__ void fetch_residual(const Tile& tile, int first, int end) const {
     if (thread != 0) return;
     const uint32_t barrier = shared + C::kResidualAt + group * 8;
-    const uint32_t owned = owned_pieces(tile);
+    const uint32_t owned = owned_pieces();
     if (first == 0) {
       tma_store_wait_read<0>();
       mbarrier_expect(barrier, __popc(owned & ((1u << C::kPieces) - 1)) * kPieceBytes);
@@ -640,9 +659,9 @@ struct Consumer {
     int sums[kSums];
     multiply_tile(sums, tile);
     pin(thread);  // what is worked out from it takes no registers before
-    if (tile.parted) exchange(sums);
+    if (p.parted) exchange(sums);
     await_scales();
-    const uint32_t owned = owned_pieces(tile);
+    const uint32_t owned = owned_pieces();
     if (!p.boxes) return finish_elements(sums, owned, tile);
     if (p.load_boxes) wait(shared + C::kResidualAt + group * 8, parity);
     finish_boxes(sums, owned, tile);
@@ -662,7 +681,11 @@ struct Consumer {
   __device__ __forceinline__ void run() {
     uint32_t parity = 0;
     for_tiles<C>(p, [&](const Tile& tile) {
-      make_tile(tile, parity);
+      if (group < tile.groups) {
+        make_tile(tile, parity);
+      } else {
+        skip_tile(tile);
+      }
       parity ^= 1;
     });
     if (thread == 0) tma_store_wait_read<0>();
