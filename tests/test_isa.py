@@ -153,6 +153,15 @@ def cached_attention(bits: int, randn: Callable[..., Tensor]) -> Iterator[tuple[
         )  # fmt: skip
     for i, tensor in enumerate((*k_cache, *v_cache)):
         yield f"cache {bits} {i}", tensor
+    # A prompt of bf16 queries: torch's attention, where the processor has tiles.
+    q = randn(batch, capacity, heads, dim, dtype=torch.bfloat16)
+    scales = (randn(batch, kv_heads, capacity).abs() + 0.5).half()
+    prompt = [t if t.dtype != torch.float16 else scales for t in (*k_cache, *v_cache)]
+    lengths = torch.full((batch,), capacity, dtype=torch.int32)
+    yield (
+        f"attention {bits} prompt",
+        ops.attention(q, *prompt, lengths, bits=bits, scale=0.01, length=capacity),
+    )
 
 
 @pytest.fixture(scope="module")

@@ -121,8 +121,8 @@ Tensor attention_cpu(const Tensor& q, const Tensor& k_codes, const Tensor& k_sca
   const Tensor out = new_out(q);
   if (q.numel() == 0) return out;
   // A tape runs at other lengths too.
-  const int64_t floats = cpu::attention_workspace(
-      args, Tape::current() == nullptr ? call.longest : args.capacity);
+  const int64_t floats =
+      cpu::attention_workspace(args, Tape::current() == nullptr ? call.longest : args.capacity);
   const Tensor workspace = new_tensor(q, {floats}, ScalarType::Float);
   args.out = out.data_ptr();
   args.workspace = data<float>(workspace);

@@ -59,8 +59,7 @@ inline Tensor every(const Tensor& x, int64_t dim, int64_t start, int64_t count, 
 inline Tensor causal_on_cpu(const Tensor& q, const AttentionArgs& a, double scale) {
   if (Tape* tape = Tape::current(); tape != nullptr) tape->spoil();
   const int64_t head_bytes = 2 * a.seq * a.head_dim * 2, group = a.heads / a.kv_heads;
-  const int64_t heads =
-      std::clamp<int64_t>(kKeysAndValuesBytes / 4 / head_bytes, 1, a.kv_heads);
+  const int64_t heads = std::clamp<int64_t>(kKeysAndValuesBytes / 4 / head_bytes, 1, a.kv_heads);
   const Tensor out = new_tensor(q, {a.batch, a.seq, a.heads, a.head_dim}, q.scalar_type());
   for (int64_t b = 0; b < a.batch; ++b) {
     for (int64_t h = 0; h < a.kv_heads; h += heads) {
@@ -70,14 +69,14 @@ inline Tensor causal_on_cpu(const Tensor& q, const AttentionArgs& a, double scal
       const Tensor values = new_tensor(q, sizes, q.scalar_type());
       launch<&cpu::dequantize_kv>(
           q, DequantizeKvArgs{keys.data_ptr(), values.data_ptr(), nullptr, nullptr, a.k, a.v,
-                              nullptr, a.dtype, a.seq, b * a.kv_heads + h, some, a.seq,
-                              -kNoWindow, a.kv_heads, a.head_dim, a.capacity, a.bits, a.pages});
+                              nullptr, a.dtype, a.seq, b * a.kv_heads + h, some, a.seq, -kNoWindow,
+                              a.kv_heads, a.head_dim, a.capacity, a.bits, a.pages});
       const auto part = [&](const Tensor& x) {
         return torch::stable::transpose(every(every(x, 0, b, 1), 2, h * group, some * group), 1, 2);
       };
       Tensor to = part(out);
-      torch::stable::copy_(
-          to, torch_attention(part(q), keys, values, std::nullopt, true, scale, true));
+      torch::stable::copy_(to,
+                           torch_attention(part(q), keys, values, std::nullopt, true, scale, true));
     }
   }
   return out;

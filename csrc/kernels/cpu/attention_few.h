@@ -1,8 +1,8 @@
 // Attention of few query rows (decode) to 16 keys, straight from the codes: nothing is transposed
 // and no key or value is written out. Only for attention_isa.cpp.
 //
-// A code takes some instructions on its way to fp32 (two with AVX-512), and one a row after that. So
-// the lanes are the words of 32 bits in which the codes lie: lane j of a vector and its nibble
+// A code takes some instructions on its way to fp32 (two with AVX-512), and one a row after that.
+// So the lanes are the words of 32 bits in which the codes lie: lane j of a vector and its nibble
 // (byte) i are dimension kPerWord * j + i of a key. Queries and outputs are kept in that order,
 // [kPerWord][words], and vectors of 16 words are cut out of the cache as they are:
 //
@@ -80,7 +80,9 @@ struct Few {
     return to_f32((moved & i32(2 * kHalf - 1)) - i32(kHalf));
   }
   /// half - zero of the 16 keys.
-  static QUAROT_INLINE F32 rest(const Group& group) { return to_f32(i32(kHalf) - load(group.zero)); }
+  static QUAROT_INLINE F32 rest(const Group& group) {
+    return to_f32(i32(kHalf) - load(group.zero));
+  }
 
   /// few [kRow] <- x [head_dim].
   static void arrange(float* few, const float* x) {

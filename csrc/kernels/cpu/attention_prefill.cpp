@@ -12,6 +12,9 @@ void dequantize_kv(const DequantizeKvArgs& args, const Executor& executor) {
   QUAROT_ASSERT(args.lengths == nullptr && args.broken == nullptr && args.start <= -args.length &&
                     args.tokens <= args.length,
                 "dequantize_kv: the CPU has no ragged tiles");
+  for (int64_t pair = args.first; pair < args.first + args.pairs; pair += args.kv_heads) {
+    check_pages("attention", args.pages, pair / args.kv_heads, args.tokens);
+  }
   static const auto kernel = QUAROT_PICK(dequantize_kv);
   kernel(args, executor);
 }
