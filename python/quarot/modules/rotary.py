@@ -12,15 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from quarot.modules.swapped import mixed, swap_class
+
 
 def keep_float32(rotary: Any) -> None:
-    """Make casts of `rotary`, a transformers rotary embedding, leave its buffers' dtypes alone.
-
-    Its class is swapped, because a method on the instance would not survive deepcopy.
-    """
-    kind = type(rotary)
-    if not issubclass(kind, _KeepsDtypes):  # transformers goes by the name
-        rotary.__class__ = type(kind.__name__, (_KeepsDtypes, kind), {})
+    """Make casts of `rotary`, a transformers rotary embedding, leave its buffers' dtypes alone."""
+    if not isinstance(rotary, _KeepsDtypes):
+        swap_class(rotary, mixed, _KeepsDtypes)
 
 
 class _KeepsDtypes(nn.Module):
