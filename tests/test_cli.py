@@ -339,7 +339,7 @@ def test_demo_shows_four_forms_and_their_answers(run: Run, folder: str) -> None:
         (["frobnicate"], 2, "frobnicate"),
         (["generate", "{model}"], 2, "--prompt"),
         (["eval", "{model}", "--text", "{text}", "--windows", "999"], 1, "windows: got a text of"),
-        (["eval", "no such folder/model.gguf"], 1, "there is no file"),
+        (["eval", "no such folder/model.gguf"], 2, "there is no file no such folder/model.gguf"),
         (["eval", "./no-such-folder"], 2, "there is no file or folder ./no-such-folder"),
         (["eval", "{model}", "--reference", "/no/such"], 2, "there is no file or folder /no/such"),
     ],

@@ -37,7 +37,7 @@ import quarot
 from quarot import _C, bench, data, eval, ops, shapes
 from quarot.config import QuarotConfig
 from quarot.convert import convert as convert_model
-from quarot.hf import load_model, weight_bytes
+from quarot.hf import check_path, load_model, weight_bytes
 from quarot.models import ARCHITECTURES
 from quarot.modules.linear import BACKENDS
 
@@ -86,9 +86,11 @@ def _choice(name: str, allowed: tuple[str, ...]) -> Callable[[str], str]:
 
 
 def _path(value: str | None) -> str | None:
-    # Such a name can be no Hugging Face id, and would fail as one with a puzzling message.
-    if value is not None and value.startswith((".", "/", "~")) and not Path(value).exists():
-        raise typer.BadParameter(f"there is no file or folder {value}")
+    if value is not None:
+        try:
+            check_path("MODEL", value)
+        except FileNotFoundError as error:
+            raise typer.BadParameter(str(error)) from None
     return value
 
 

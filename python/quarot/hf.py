@@ -301,8 +301,10 @@ def load(
         The model; its logits are bit-identical to those of the model that was saved.
 
     Raises:
+        FileNotFoundError: `path` looks like a path, and there is nothing there.
         ValueError: not a quarot checkpoint, a newer format, or tensors that do not fit.
     """
+    check_path("path", path)
     quantization = getattr(AutoConfig.from_pretrained(path), "quantization_config", None) or {}
     method = quantization.get("quant_method")
     if method != "quarot":
@@ -334,14 +336,16 @@ def load_model(
 
     Returns:
         (model, tokenizer).
+
+    Raises:
+        FileNotFoundError: `model` looks like a path, and there is nothing there.
     """
+    check_path("model", model)
     name = _smollm2() if model == "smollm2" else os.fspath(model)
     options: dict[str, Any] = {"dtype": dtype}
     if device is not None:
         options["device_map"] = {"": torch.device(device)}
     if name.endswith(".gguf"):
-        if not os.path.isfile(name):
-            raise FileNotFoundError(f"model: there is no file {name}")
         name, file = os.path.split(os.path.abspath(name))
         options["quantization_config"] = GgufConfig(dequantize=True)
         options["gguf_file"] = file
@@ -353,6 +357,19 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(name)
     with _use_backend(backend):
         return AutoModelForCausalLM.from_pretrained(name, **options), tokenizer
+
+
+def check_path(argument: str, name: str | os.PathLike[str]) -> None:
+    """Raise FileNotFoundError if `name` can only be a path, and there is nothing there.
+
+    It can be no Hugging Face id then, and would fail as one with a puzzling message.
+    """
+    path = os.fspath(name)
+    is_path = not isinstance(name, str) or path.startswith((".", "/", "~"))
+    if path.endswith(".gguf") and not os.path.isfile(path):
+        raise FileNotFoundError(f"{argument}: there is no file {path}")
+    if is_path and not os.path.exists(path):
+        raise FileNotFoundError(f"{argument}: there is no file or folder {path}")
 
 
 def weight_bytes(model: Any) -> int:
