@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import quarot
 from helpers import tiny_model
-from quarot import bench, cli, data, eval, shapes
+from quarot import bench, cli, data, demo, eval, shapes
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -317,7 +317,7 @@ def test_demo_shows_four_forms_and_their_answers(run: Run, folder: str) -> None:
     assert code == 0
     for preset in ("unquantized", "W4A4KV4-rtn", "W4A4KV4", "W4A8KV4"):
         assert preset in out
-    assert out.count(cli.DEMO_QUESTION) == 1
+    assert out.count(demo.QUESTION) == 1
     assert "2 windows of 32 tokens" in " ".join(out.split())
 
 

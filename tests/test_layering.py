@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "shapes": ("config", "models", "modules", "hf", "convert"),
     "bench": ("models", "modules", "cache", "generate", "shapes"),
     "eval": ("data",),
+    "demo": ("convert", "eval", "hf"),
     "cli": ("",),
     "__main__": ("cli",),
     "__init__": (
