@@ -39,7 +39,7 @@ from quarot import _C, bench, data, eval, ops, shapes
 from quarot.config import QuarotConfig
 from quarot.convert import convert as convert_model
 from quarot.demo import QUESTION, UNQUANTIZED, compare, show
-from quarot.hf import check_path, load_model, weight_bytes
+from quarot.hf import load_model, missing_path, weight_bytes
 from quarot.models import ARCHITECTURES
 from quarot.modules.linear import BACKENDS
 
@@ -85,11 +85,8 @@ def _choice(name: str, allowed: tuple[str, ...]) -> Callable[[str], str]:
 
 
 def _path(value: str | None) -> str | None:
-    if value is not None:
-        try:
-            check_path("MODEL", value)
-        except FileNotFoundError as error:
-            raise typer.BadParameter(str(error)) from None
+    if value is not None and (missing := missing_path(value)):
+        raise typer.BadParameter(missing)
     return value
 
 

@@ -304,7 +304,8 @@ def load(
         FileNotFoundError: `path` looks like a path, and there is nothing there.
         ValueError: not a quarot checkpoint, a newer format, or tensors that do not fit.
     """
-    check_path("path", path)
+    if missing := missing_path(path):
+        raise FileNotFoundError(f"path: {missing}")
     quantization = getattr(AutoConfig.from_pretrained(path), "quantization_config", None) or {}
     method = quantization.get("quant_method")
     if method != "quarot":
@@ -340,7 +341,8 @@ def load_model(
     Raises:
         FileNotFoundError: `model` looks like a path, and there is nothing there.
     """
-    check_path("model", model)
+    if missing := missing_path(model):
+        raise FileNotFoundError(f"model: {missing}")
     name = _smollm2() if model == "smollm2" else os.fspath(model)
     options: dict[str, Any] = {"dtype": dtype}
     if device is not None:
@@ -359,17 +361,16 @@ def load_model(
         return AutoModelForCausalLM.from_pretrained(name, **options), tokenizer
 
 
-def check_path(argument: str, name: str | os.PathLike[str]) -> None:
-    """Raise FileNotFoundError if `name` can only be a path, and there is nothing there.
+def missing_path(name: str | os.PathLike[str]) -> str | None:
+    """Say what is missing if `name` can only be a path, and there is nothing there; else None.
 
     It can be no Hugging Face id then, and would fail as one with a puzzling message.
     """
     path = os.fspath(name)
+    if path.endswith(".gguf"):
+        return None if os.path.isfile(path) else f"there is no file {path}"
     is_path = not isinstance(name, str) or path.startswith((".", "/", "~"))
-    if path.endswith(".gguf") and not os.path.isfile(path):
-        raise FileNotFoundError(f"{argument}: there is no file {path}")
-    if is_path and not os.path.exists(path):
-        raise FileNotFoundError(f"{argument}: there is no file or folder {path}")
+    return f"there is no file or folder {path}" if is_path and not os.path.exists(path) else None
 
 
 def weight_bytes(model: Any) -> int:
