@@ -7,15 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
+from quarot.modules.swapped import mixed, swap_class
+
 
 def take_over(norm: Any) -> None:
-    """Make `norm`, a transformers RMSNorm, use torch's on a GPU.
-
-    Its class is swapped, because a method on the instance would not survive deepcopy.
-    """
-    kind = type(norm)
-    if not issubclass(kind, _Norm):  # transformers goes by the name
-        norm.__class__ = type(kind.__name__, (_Norm, kind), {})
+    """Make `norm`, a transformers RMSNorm, use torch's on a GPU."""
+    if not isinstance(norm, _Norm):
+        swap_class(norm, mixed, _Norm)
 
 
 class _Norm(nn.Module):

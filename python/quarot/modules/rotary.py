@@ -13,15 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quarot.modules.swapped import mixed, swap_class
+
 
 def take_over(rotary: Any) -> None:
-    """Make casts of `rotary`, a transformers rotary embedding, leave its buffers' dtypes alone.
-
-    Its class is swapped, because a method on the instance would not survive deepcopy.
-    """
-    kind = type(rotary)
-    if not issubclass(kind, _Rotary):  # transformers goes by the name
-        rotary.__class__ = type(kind.__name__, (_Rotary, kind), {})
+    """Make casts of `rotary`, a transformers rotary embedding, leave its buffers' dtypes alone."""
+    if not isinstance(rotary, _Rotary):
+        swap_class(rotary, mixed, _Rotary)
 
 
 class _Rotary(nn.Module):

@@ -78,7 +78,20 @@ Division divide(const AttentionArgs& a) {
           1};
 }
 
-// ---- On the device: the sequence and keys of a block -----------------------------------------
+// ---- On the device: the rows, sequence and keys of a block --------------------------------------
+
+/// The row of query row r of the block, in q and out.
+struct RowsOfBlock {
+  int64_t b;
+  int head, first, group, rows;
+  __device__ __forceinline__ int s(int r) const { return (first + r) / group; }
+  __device__ __forceinline__ int query_head(int r) const {
+    return head * group + (first + r) % group;
+  }
+  __device__ __forceinline__ int64_t at(const AttentionArgs& a, int r) const {
+    return (b * a.seq + s(r)) * a.heads + query_head(r);
+  }
+};
 
 /// The keys of a sequence that its queries see, in blocks: those of the first one's window, to its
 /// length.
