@@ -61,9 +61,78 @@ __device__ __forceinline__ Partials partials_of(const AttentionArgs& a, const Di
   return {a.workspace, reinterpret_cast<Stats*>(a.workspace + results * a.head_dim)};
 }
 
+/// Adds the partial results of a row of out, `parts` from the head's first-th on; a block together,
+/// a warp every kCount-th of them.
+template <int kDim, int kRows, int kCount>
+__device__ __forceinline__ void combine(const AttentionArgs& a, const Division& division, int b,
+                                        int s, int query_head, int first, int parts) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int kv_heads = static_cast<int>(a.kv_heads), group = static_cast<int>(a.heads) / kv_heads;
+  const int row = s * group + query_head % group;
+  const int head = row / kRows * kv_heads + query_head / group;  // of all row blocks' heads
+  const int64_t index = int64_t{head} * division.splits + first;
+  const Partials partials = partials_of<kRows>(a, division);
+  constexpr int kLaneDims = kDim / kWarp;
+  constexpr int kAtOnce = 8;  // loads under way
+  float total[kLaneDims] = {};
+  float sum = 0.0f, maximum = kLowest;
+  for (int begin = warp; begin < parts; begin += kAtOnce * kCount) {
+    Stats stats[kAtOnce];
+    float out[kAtOnce][kLaneDims];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int part = begin + k * kCount;
+      stats[k] = {kLowest, 0.0f};
+#pragma unroll
+      for (int i = 0; i < kLaneDims; ++i) out[k][i] = 0.0f;
+      if (part >= parts) continue;
+      const int64_t at = (index + part) * kRows + row % kRows;
+      stats[k] = partials.stats[at];
+#pragma unroll
+      for (int i = 0; i < kLaneDims; ++i) out[k][i] = partials.out[at * kDim + i * kWarp + lane];
+    }
+    float now = maximum;
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) now = fmaxf(now, stats[k].maximum);
+    const float old = exp2_fast(maximum - now);
+    maximum = now;
+    sum *= old;
+#pragma unroll
+    for (int i = 0; i < kLaneDims; ++i) total[i] *= old;
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const float factor = exp2_fast(stats[k].maximum - now);
+      sum += stats[k].sum * factor;
+#pragma unroll
+      for (int i = 0; i < kLaneDims; ++i) total[i] += out[k][i] * factor;
+    }
+  }
+  __shared__ float totals[kCount][kDim];
+  __shared__ Stats of_warp[kCount];
+#pragma unroll
+  for (int i = 0; i < kLaneDims; ++i) totals[warp][i * kWarp + lane] = total[i];
+  if (lane == 0) of_warp[warp] = {maximum, sum};
+  __syncthreads();
+  float all = 0.0f, factor[kCount];
+#pragma unroll
+  for (int w = 0; w < kCount; ++w) maximum = fmaxf(maximum, of_warp[w].maximum);
+#pragma unroll
+  for (int w = 0; w < kCount; ++w) {
+    factor[w] = exp2_fast(of_warp[w].maximum - maximum);
+    all += of_warp[w].sum * factor[w];
+  }
+  const int64_t to = ((int64_t{b} * a.seq + s) * a.heads + query_head) * kDim;
+  for (int dim = static_cast<int>(threadIdx.x); dim < kDim; dim += kCount * kWarp) {
+    float value = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kCount; ++w) value += totals[w][dim] * factor[w];
+    store1(a.dtype, a.out, to + dim, all == 0.0f ? 0.0f : value / all);
+  }
+}
+
 // ---- Kernels ------------------------------------------------------------------------------------
 
-/// Grid: row_blocks * kv_heads * splits * kBlocks, in clusters of kBlocks.
+/// Grid: row_blocks * kv_heads * splits; in clusters of kBlocks: row_blocks * kv_heads * kBlocks.
 template <class C, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? C::kBlocks : 2)
     attention_kernel(const __grid_constant__ AttentionArgs a,
@@ -71,12 +140,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? C::kBlocks : 2)
   const int warp = threadIdx.x / kWarp;
   const int result = static_cast<int>(blockIdx.x) / kBlocks;
   const int rank = static_cast<int>(blockIdx.x) % kBlocks;
-  const int index = result / division.splits;  // of head and row block
+  const int splits = kBlocks == 1 ? division.splits : 1;
+  const int index = result / splits;  // of head and row block
   const int kv_heads = static_cast<int>(a.kv_heads);
   const int group = static_cast<int>(a.heads) / kv_heads, block = index / kv_heads;
   RowsOfBlock rows{0, index - block * kv_heads, block * C::kRows, group,
                    min(static_cast<int>(a.seq) * group - block * C::kRows, C::kRows)};
-  Unit unit{0, result - index * division.splits, division.splits};
+  Unit unit{0, result - index * splits, splits};
   unsigned char* const ring = dynamic_shared() + warp * C::kWarpBytes;
   Parts<C, kBlocks> parts(rank);
   parts.expect(rows.rows);
@@ -88,6 +158,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? C::kBlocks : 2)
       unit = unit_of(a, division, C::kBlockKeys, unit.split);
       if (unit.sequence < 0) return;
       rows.b = unit.sequence;
+    } else if (division.cluster > 1 && is_for_cluster<C>(a, a.lengths[0])) {
+      return;  // the kernel after this one attends
     }
   }
   Copier<C> copier(a, ring, unit.sequence, rows.head);
@@ -109,6 +181,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? C::kBlocks : 2)
   start();
   const int now = kBlocks > 1 ? __ldcg(length_at) : length;
   q.convert(a);
+  if (kBlocks > 1 && division.splits > 1 && !is_for_cluster<C>(a, now)) {
+    cp_async_wait<0>();
+    const int seq = static_cast<int>(a.seq), heads = static_cast<int>(a.heads);
+    for (int row = static_cast<int>(blockIdx.x); row < seq * heads; row += gridDim.x) {
+      combine<C::kDim, C::kRows, kWarps>(a, division, 0, row / heads, row % heads, 0,
+                                         division.splits);
+      __syncthreads();
+    }
+    return;
+  }
   if (now != length) {  // rare
     cp_async_wait<0>();
     __syncwarp();
@@ -146,17 +228,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? C::kBlocks : 2)
   }
 }
 
-/// A block a row of out: adds its partial results, a warp every kCombineWarps-th, then the warps.
+/// Grid: rows of out.
 template <int kDim, int kRows>
 __global__ void __launch_bounds__(kCombineWarps* kWarp)
     combine_kernel(const __grid_constant__ AttentionArgs a,
                    const __grid_constant__ Division division, int block_keys) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int heads = static_cast<int>(a.heads), kv_heads = static_cast<int>(a.kv_heads);
-  const int group = heads / kv_heads;
-  const int token = static_cast<int>(blockIdx.x) / heads;
-  const int query_head = static_cast<int>(blockIdx.x) - token * heads;
-  const int b = token / static_cast<int>(a.seq), s = token - b * static_cast<int>(a.seq);
+  const int heads = static_cast<int>(a.heads), seq = static_cast<int>(a.seq);
+  const int token = static_cast<int>(blockIdx.x) / heads, b = token / seq;
   // Lengths are older than attention_kernel: no need to wait for it.
   int first = 0, parts = division.splits;
   if (a.batch > 1)
@@ -168,62 +246,8 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp)
   wait_for_previous_grid();
   if (parts == 1) return;  // written by attention_kernel
 
-  const int row = s * group + query_head % group;
-  const int64_t index = (int64_t{row / kRows} * kv_heads + query_head / group) * division.splits;
-  const Partials partials = partials_of<kRows>(a, division);
-  constexpr int kLaneDims = kDim / kWarp;
-  constexpr int kAtOnce = 8;  // loads under way
-  float total[kLaneDims] = {};
-  float sum = 0.0f, maximum = kLowest;
-  for (int begin = warp; begin < parts; begin += kAtOnce * kCombineWarps) {
-    Stats stats[kAtOnce];
-    float out[kAtOnce][kLaneDims];
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int part = begin + k * kCombineWarps;
-      stats[k] = {kLowest, 0.0f};
-#pragma unroll
-      for (int i = 0; i < kLaneDims; ++i) out[k][i] = 0.0f;
-      if (part >= parts) continue;
-      const int64_t at = (index + first + part) * kRows + row % kRows;
-      stats[k] = partials.stats[at];
-#pragma unroll
-      for (int i = 0; i < kLaneDims; ++i) out[k][i] = partials.out[at * kDim + i * kWarp + lane];
-    }
-    float now = maximum;
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) now = fmaxf(now, stats[k].maximum);
-    const float old = exp2_fast(maximum - now);
-    maximum = now;
-    sum *= old;
-#pragma unroll
-    for (int i = 0; i < kLaneDims; ++i) total[i] *= old;
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      const float factor = exp2_fast(stats[k].maximum - now);
-      sum += stats[k].sum * factor;
-#pragma unroll
-      for (int i = 0; i < kLaneDims; ++i) total[i] += out[k][i] * factor;
-    }
-  }
-  __shared__ float totals[kCombineWarps][kDim];
-  __shared__ Stats of_warp[kCombineWarps];
-#pragma unroll
-  for (int i = 0; i < kLaneDims; ++i) totals[warp][i * kWarp + lane] = total[i];
-  if (lane == 0) of_warp[warp] = {maximum, sum};
-  __syncthreads();
-  const int dim = static_cast<int>(threadIdx.x);
-  if (dim >= kDim) return;
-  float value = 0.0f, all = 0.0f;
-#pragma unroll
-  for (int w = 0; w < kCombineWarps; ++w) maximum = fmaxf(maximum, of_warp[w].maximum);
-#pragma unroll
-  for (int w = 0; w < kCombineWarps; ++w) {
-    const float factor = exp2_fast(of_warp[w].maximum - maximum);
-    value += totals[w][dim] * factor;
-    all += of_warp[w].sum * factor;
-  }
-  store1(a.dtype, a.out, int64_t{blockIdx.x} * kDim + dim, all == 0.0f ? 0.0f : value / all);
+  combine<kDim, kRows, kCombineWarps>(a, division, b, token - b * seq,
+                                      static_cast<int>(blockIdx.x) - token * heads, first, parts);
 }
 
 // ---- Launch -------------------------------------------------------------------------------------
@@ -231,12 +255,16 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp)
 template <class C>
 void launch_attention(const AttentionArgs& a, Stream stream) {
   const Division d = divide<C>(a);
-  const int64_t units = int64_t{d.row_blocks} * a.kv_heads * d.splits;
-  if (d.cluster == 1) {
-    launch_early(&attention_kernel<C, 1>, units, kThreads, shared_bytes<C>(1), stream, a, d);
-  } else if constexpr (has_clusters<C>()) {
-    launch_clusters(&attention_kernel<C, kCluster>, units * kCluster, kCluster, kThreads,
-                    shared_bytes<C>(kCluster), stream, a, d);
+  const int64_t units = int64_t{d.row_blocks} * a.kv_heads;
+  if (d.cluster == 1 || d.splits > 1) {
+    launch_early(&attention_kernel<C, 1>, units * d.splits, kThreads, shared_bytes<C>(1), stream, a,
+                 d);
+  }
+  if constexpr (has_clusters<C>()) {
+    if (d.cluster > 1) {
+      return launch_clusters(&attention_kernel<C, kCluster>, units * kCluster, kCluster, kThreads,
+                             shared_bytes<C>(kCluster), stream, a, d);
+    }
   }
   if (a.batch == 1 && d.splits == 1) return;
   launch_early(&combine_kernel<C::kDim, C::kRows>, a.batch * a.seq * a.heads, kCombineWarps * kWarp,

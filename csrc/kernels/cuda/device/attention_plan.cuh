@@ -20,7 +20,7 @@ namespace quarot::cuda::decode {
 struct Division {
   int splits;  // units of one cache head and row block
   int row_blocks;
-  int cluster;  // blocks of a unit, which add up their results; more than one: batch is 1
+  int cluster;  // more than 1: a cluster a head attends instead if the length is_for_cluster
 };
 
 /// What a cluster's warps send one of its blocks for a row: their values of some dimensions, and
@@ -38,8 +38,9 @@ constexpr int shared_bytes(int cluster) {
   return cluster > 1 ? rings + sent : std::max(rings, sent);
 }
 
-/// Blocks of a cluster: as many as every device with clusters can have.
-constexpr int kCluster = 8;
+/// Blocks of a cluster: as many as every device with clusters can have; and the most blocks of keys
+/// for each.
+constexpr int kCluster = 8, kClusterSteps = 16;
 
 /// Whether there is a kernel for clusters: not for what is rarely one sequence's decode step.
 template <class C>
@@ -59,9 +60,9 @@ Division divide(const AttentionArgs& a) {
   const int64_t slots = int64_t{limits.processors} * C::kBlocks;
   const int64_t keys = std::min(a.capacity, a.seq - 1 + a.window + C::kBlockKeys - 1);
   const int64_t longest = ceil_div(keys, int64_t{C::kBlockKeys});
-  constexpr int64_t kMostSteps = 16;  // of a block in a cluster
-  if (has_clusters<C>() && a.batch == 1 && limits.starts_early && longest <= kCluster * kMostSteps)
-    return {1, static_cast<int>(row_blocks), kCluster};
+  const int cluster = has_clusters<C>() && a.batch == 1 && limits.starts_early ? kCluster : 1;
+  if (cluster > 1 && longest <= kCluster * kClusterSteps)
+    return {1, static_cast<int>(row_blocks), cluster};
   int64_t parts = 1;
   double best = 0;
   for (int64_t n = 1; n <= longest && (n == 1 || n * pairs <= kMostWaves * slots); ++n) {
@@ -75,7 +76,7 @@ Division divide(const AttentionArgs& a) {
   }
   // Rounding a sequence's parts up costs a unit each (for_units).
   return {static_cast<int>(a.batch * (parts + (a.batch > 1 ? 1 : 0))), static_cast<int>(row_blocks),
-          1};
+          parts > 1 ? cluster : 1};
 }
 
 // ---- On the device: the rows, sequence and keys of a block --------------------------------------
@@ -103,6 +104,11 @@ __device__ __forceinline__ Span span_of(const AttentionArgs& a, int length, int 
   const int begin = max(length - static_cast<int>(a.seq) + 1 - static_cast<int>(a.window), 0);
   const int first = begin / block_keys;
   return {first, (length + block_keys - 1) / block_keys - first, length};
+}
+
+template <class C>
+__device__ __forceinline__ bool is_for_cluster(const AttentionArgs& a, int length) {
+  return span_of(a, length, C::kBlockKeys).blocks <= kCluster * kClusterSteps;
 }
 
 /// A unit's sequence and its part there; sequence -1: nothing to do.
