@@ -132,6 +132,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   const uint32_t ring_weights = wn * C::kWeightBytes + lane * kLaneBytes;
   const uint32_t ring_tokens = C::kWarpsN * C::kWeightBytes;
 
+  // Weights that only this block reads leave the L2 first: it has better things to keep, the code
+  // and the activations of a decode step.
+  const uint64_t hint = token_blocks == 1 ? evict_first() : evict_normal();
+
   // Columns beyond the end get weights of zero; those beyond k the tokens of 32 columns before.
   const auto copy = [&](int stage) {
     const uint32_t slot = ring + (stage & (C::kStages - 1)) * C::kStageBytes;
@@ -144,7 +148,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
 #pragma unroll
         for (int i = 0; i < C::kRowTiles; ++i) {
           cp_async_16_or_zero(slot + ring_weights + (j * C::kRowTiles + i) * kTileBytes,
-                              weights[i] + int64_t{at} * kTileBytes, valid);
+                              weights[i] + int64_t{at} * kTileBytes, valid, hint);
         }
         int column = at * kTileColumns + lane / kTileTokens * kPieceColumns;
         if (column >= k) column -= kStepColumns;

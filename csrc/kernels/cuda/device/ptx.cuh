@@ -37,6 +37,24 @@ __device__ __forceinline__ void cp_async_16_or_zero(uint32_t shared, const void*
                "r"(valid ? 16 : 0)
                : "memory");
 }
+/// The same with a hint for the L2.
+__device__ __forceinline__ void cp_async_16_or_zero(uint32_t shared, const void* global, bool valid,
+                                                    uint64_t hint) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared),
+               "l"(global), "r"(valid ? 16 : 0), "l"(hint)
+               : "memory");
+}
+/// Hints: what is read so leaves the L2 first, or as ever.
+__device__ __forceinline__ uint64_t evict_first() {
+  uint64_t hint;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(hint));
+  return hint;
+}
+__device__ __forceinline__ uint64_t evict_normal() {
+  uint64_t hint;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(hint));
+  return hint;
+}
 /// shared[0, kBytes) <- global[0, kBytes), 4, 8 or 16, through the L1: data that several warps of
 /// an SM read.
 template <int kBytes>
