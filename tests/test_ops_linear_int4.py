@@ -376,7 +376,7 @@ GOOD = {
         ({"x_q": X_Q[:, :32]}, "w .*"),
         ({"x_scale": X_SCALE.double()}, "x_scale.*float32.*float64"),
         ({"x_scale": X_SCALE[:1]}, r"x_scale.*\[2\].*\[1\]"),
-        ({"x_zero": X_ZERO}, "w_sum"),
+        ({"x_zero": X_ZERO}, "w_sum must be int32 .* got None"),
         ({"x_zero": X_ZERO.long(), "w_sum": W_SUM}, "x_zero.*int32.*int64"),
         ({"x_zero": X_ZERO[:1], "w_sum": W_SUM}, "x_zero.*shape"),
         ({"x_zero": X_ZERO, "w_sum": W_SUM.float()}, "w_sum.*int32.*float32"),
