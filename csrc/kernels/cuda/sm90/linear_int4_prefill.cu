@@ -179,7 +179,7 @@ void run(const LinearInt4Args& args, const Plan& plan, Stream stream) {
 
 /// Nanoseconds, measured on an H200 by benchmarks/plan_linear_int4.cu: of a stage of columns of a
 /// tile of 1, 2, 3 or all 4 warpgroups' channels, of the rest of a tile, and of the exchange of
-/// sums.
+/// sums between two blocks, where each sends half of them.
 struct Cost {
   int tokens;
   int64_t stage[kConsumers];
@@ -222,8 +222,9 @@ Plan plan_of(const LinearInt4Args& args) {
                {cost.tokens, pair, pair, whole_columns * token_tiles, narrow, groups});
     }
     for (int parts = 2; parts <= kMaxCluster && parts <= stages; ++parts) {
+      const int64_t exchange = cost.exchange * 2 * (parts - 1) / parts;
       consider(ceil_div(tiles * pair, active_clusters(parts)) *
-                   (wave(kConsumers, ceil_div(stages, parts)) + cost.exchange),
+                   (wave(kConsumers, ceil_div(stages, parts)) + exchange),
                {cost.tokens, parts, 1, tiles * pair});
     }
   }
