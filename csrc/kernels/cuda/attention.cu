@@ -7,9 +7,13 @@
 //
 // Splits (device/attention_plan.cuh): the host fixes the number of blocks from shapes alone; each
 // reads all lengths and finds its part of the keys, so that ragged sequences share the blocks by
-// their length. combine_kernel adds a row's partial results in a fixed order. One sequence that is
-// not long takes a cluster a cache head instead: its blocks send each other their results, each
-// adds up some dimensions, and there is no second kernel.
+// their length. combine_kernel adds a row's partial results in a fixed order.
+//
+// One sequence whose text is not long takes a cluster a cache head instead: its blocks send each
+// other their results, each adds up some dimensions, and there is no second kernel. That kernel is
+// an instance of its own: with cluster instructions in it, though not run, batches took 14 %
+// longer. Where only the device knows whether the text is long, the kernel for splits leaves a
+// short one to the clusters, which combine its results else.
 //
 // Bound: memory, the codes of the keys and values seen.
 #include <cuda_runtime.h>
@@ -132,15 +136,15 @@ __device__ __forceinline__ void combine(const AttentionArgs& a, const Division& 
 
 // ---- Kernels ------------------------------------------------------------------------------------
 
-/// Grid: row_blocks * kv_heads * splits; in clusters of kBlocks: row_blocks * kv_heads * kBlocks.
-template <class C, int kBlocks>
-__global__ void __launch_bounds__(kThreads, kBlocks == 1 ? C::kBlocks : 2)
+/// Grid: row_blocks * kv_heads * splits; or in clusters, row_blocks * kv_heads * kCluster.
+template <class C>
+__global__ void __launch_bounds__(kThreads, C::kBlocks)
     attention_kernel(const __grid_constant__ AttentionArgs a,
                      const __grid_constant__ Division division) {
   const int warp = threadIdx.x / kWarp;
-  const int result = static_cast<int>(blockIdx.x) / kBlocks;
-  const int rank = static_cast<int>(blockIdx.x) % kBlocks;
-  const int splits = kBlocks == 1 ? division.splits : 1;
+  const int result = static_cast<int>(blockIdx.x) / C::kCluster;
+  const int rank = static_cast<int>(blockIdx.x) % C::kCluster;
+  const int splits = C::kCluster == 1 ? division.splits : 1;
   const int index = result / splits;  // of head and row block
   const int kv_heads = static_cast<int>(a.kv_heads);
   const int group = static_cast<int>(a.heads) / kv_heads, block = index / kv_heads;
@@ -148,25 +152,25 @@ __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? C::kBlocks : 2)
                    min(static_cast<int>(a.seq) * group - block * C::kRows, C::kRows)};
   Unit unit{0, result - index * splits, splits};
   unsigned char* const ring = dynamic_shared() + warp * C::kWarpBytes;
-  Parts<C, kBlocks> parts(rank);
+  Parts<C> parts(rank);
   parts.expect(rows.rows);
 
-  if constexpr (kBlocks == 1) {
+  if constexpr (C::kCluster == 1) {
     wait_for_previous_grid();
     start_next_grid();
     if (a.batch > 1) {
       unit = unit_of(a, division, C::kBlockKeys, unit.split);
       if (unit.sequence < 0) return;
       rows.b = unit.sequence;
-    } else if (division.cluster > 1 && is_for_cluster<C>(a, a.lengths[0])) {
+    } else if (division.clusters && is_for_cluster(a, a.lengths[0])) {
       return;  // the kernel after this one attends
     }
   }
   Copier<C> copier(a, ring, unit.sequence, rows.head);
   const int* const length_at = a.lengths + unit.sequence;
   const int length = __ldcg(length_at);
-  Keys keys = keys_of<C>(a, length, unit, rank, kBlocks);
-  if constexpr (kBlocks > 1) {  // all is made ready for a length that may be out of date
+  Keys keys = keys_of<C>(a, length, unit, rank);
+  if constexpr (C::kCluster > 1) {  // all is made ready for a length that may be out of date
     prefetch<C>(a, rows, keys);
     wait_for_previous_grid();
     start_next_grid();
@@ -179,9 +183,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? C::kBlocks : 2)
       copier.start(keys.begin + warp * C::kKeys + i * C::kBlockKeys, keys.end, i * C::kStageBytes);
   };
   start();
-  const int now = kBlocks > 1 ? __ldcg(length_at) : length;
+  const int now = C::kCluster > 1 ? __ldcg(length_at) : length;
   q.convert(a);
-  if (kBlocks > 1 && division.splits > 1 && !is_for_cluster<C>(a, now)) {
+  if (C::kCluster > 1 && !C::kShort && division.splits > 1 && !is_for_cluster(a, now)) {
     cp_async_wait<0>();
     const int seq = static_cast<int>(a.seq), heads = static_cast<int>(a.heads);
     for (int row = static_cast<int>(blockIdx.x); row < seq * heads; row += gridDim.x) {
@@ -194,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? C::kBlocks : 2)
   if (now != length) {  // rare
     cp_async_wait<0>();
     __syncwarp();
-    keys = keys_of<C>(a, now, unit, rank, kBlocks);
+    keys = keys_of<C>(a, now, unit, rank);
     start();
   }
   int key = keys.begin + warp * C::kKeys;
@@ -216,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? C::kBlocks : 2)
     stage = stage == kLastStage ? 0 : stage + C::kStageBytes;
   }
 
-  parts.send(r, rows.rows);
+  parts.take(r, rows.rows);
   const Partials partials = partials_of<C::kRows>(a, division);
   for (int row = warp; row < rows.rows; row += kWarps) {
     parts.add(row, [&](int dim, const float4& total, const Stats& stats) {
@@ -256,14 +260,17 @@ template <class C>
 void launch_attention(const AttentionArgs& a, Stream stream) {
   const Division d = divide<C>(a);
   const int64_t units = int64_t{d.row_blocks} * a.kv_heads;
-  if (d.cluster == 1 || d.splits > 1) {
-    launch_early(&attention_kernel<C, 1>, units * d.splits, kThreads, shared_bytes<C>(1), stream, a,
-                 d);
-  }
-  if constexpr (has_clusters<C>()) {
-    if (d.cluster > 1) {
-      return launch_clusters(&attention_kernel<C, kCluster>, units * kCluster, kCluster, kThreads,
-                             shared_bytes<C>(kCluster), stream, a, d);
+  if (!d.clusters || d.splits > 1)
+    launch_early(&attention_kernel<C>, units * d.splits, kThreads, kSharedBytes<C>, stream, a, d);
+  if constexpr (C::kHasClusters) {
+    const auto launch = [&](auto config) {
+      using Clustered = decltype(config);
+      launch_clusters(&attention_kernel<Clustered>, units * kMostBlocks, kMostBlocks, kThreads,
+                      kSharedBytes<Clustered>, stream, a, d);
+    };
+    if (d.clusters) {
+      if (a.capacity <= kShortKeys) return launch(typename C::Short{});
+      return launch(typename C::Clustered{});
     }
   }
   if (a.batch == 1 && d.splits == 1) return;

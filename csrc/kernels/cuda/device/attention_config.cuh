@@ -21,17 +21,29 @@ struct Stats {
 };
 constexpr float kLowest = -0x1p127f;  // a maximum below any score, and finite
 
-/// What a kernel is compiled for: kTiles * 8 query rows.
-template <int kDim_, int kBits_, int kTiles_, bool kExact_, bool kPaged_>
+/// Blocks of a cluster: as many as every device with clusters can have.
+constexpr int kMostBlocks = 8;
+
+/// What a kernel is compiled for: kTiles * 8 query rows; a cluster of kCluster blocks for one
+/// sequence's cache head, or 1; kShort: few keys a step, so that the code is short. Among a model's
+/// other kernels it runs from memory: that costs a short text more than its keys.
+template <int kDim_, int kBits_, int kTiles_, bool kExact_, bool kPaged_, int kCluster_ = 1,
+          bool kShort_ = false>
 struct Config {
-  static constexpr int kDim = kDim_, kBits = kBits_, kTiles = kTiles_;
-  static constexpr bool kExact = kExact_, kPaged = kPaged_;
+  static constexpr int kDim = kDim_, kBits = kBits_, kTiles = kTiles_, kCluster = kCluster_;
+  static constexpr bool kExact = kExact_, kPaged = kPaged_, kShort = kShort_;
   static constexpr int kRows = kTiles * kMmaColumns;
   static constexpr int kRowBytes = kDim * kBits / 8;
-  static constexpr int kKeys = kRowBytes >= 128 ? 16 : 32;  // of a warp's step
+  static constexpr int kKeys = kShort || kRowBytes >= 128 ? 16 : 32;  // of a warp's step
   static constexpr int kKeyTiles = kKeys / kTileKeys;
   static constexpr int kBlockKeys = kWarps * kKeys;
-  static constexpr int kBlocks = kExact || kDim > 128 || kTiles > 1 ? 2 : 4;  // of an SM
+  static constexpr bool kWide = kExact || kDim > 128 || kTiles > 1 || kCluster > 1;
+  static constexpr int kBlocks = kWide ? 2 : 4;  // of an SM
+  // Not for what is rarely one sequence's decode step.
+  static constexpr bool kHasClusters = !kExact && !kPaged;
+  static constexpr bool kHasShort = kRowBytes % 32 == 0;  // a lane copies 16 bytes at a time
+  using Clustered = Config<kDim, kBits, kTiles, kExact, kPaged, kMostBlocks>;
+  using Short = Config<kDim, kBits, kTiles, kExact, kPaged, kMostBlocks, kHasShort>;
   static constexpr int kWordDims = 32 / kBits;
   // 1 / what a code's lowest bit is worth as an operand: the smallest subnormal of fp16, or 1.
   static constexpr float kCodeUnit = kExact ? 1.0f : 0x1p24f;

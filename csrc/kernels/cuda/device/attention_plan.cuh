@@ -20,33 +20,23 @@ namespace quarot::cuda::decode {
 struct Division {
   int splits;  // units of one cache head and row block
   int row_blocks;
-  int cluster;  // more than 1: a cluster a head attends instead if the length is_for_cluster
+  bool clusters;  // one a head attends instead if the text is_for_cluster
 };
 
-/// What a cluster's warps send one of its blocks for a row: their values of some dimensions, and
-/// the maximum and sum of each.
+/// Bytes of a block's parts of its rows (attention_parts.cuh), which stand where the rings were,
+/// and of those that its cluster sends it.
 template <class C>
-__host__ __device__ constexpr int sent_row_bytes(int cluster) {
-  return kWarps * (C::kDim * 4 + cluster * static_cast<int>(sizeof(Stats)));
-}
-
-/// Dynamic shared memory: the warps' rings, then what they send; in one place if the block is
-/// alone.
+constexpr int kOwnBytes = C::kRows * kWarps * (C::kDim * 4 + static_cast<int>(sizeof(Stats)));
 template <class C>
-constexpr int shared_bytes(int cluster) {
-  const int rings = kWarps * C::kWarpBytes, sent = C::kRows * sent_row_bytes<C>(cluster);
-  return cluster > 1 ? rings + sent : std::max(rings, sent);
-}
-
-/// Blocks of a cluster: as many as every device with clusters can have; and the most blocks of keys
-/// for each.
-constexpr int kCluster = 8, kClusterSteps = 16;
-
-/// Whether there is a kernel for clusters: not for what is rarely one sequence's decode step.
+constexpr int kSentRowBytes = C::kDim * 4 + C::kCluster * static_cast<int>(sizeof(Stats));
 template <class C>
-constexpr bool has_clusters() {
-  return !C::kExact && !C::kPaged;
-}
+constexpr int kSentAt =
+    kOwnBytes<C> > kWarps* C::kWarpBytes ? kOwnBytes<C> : kWarps * C::kWarpBytes;
+template <class C>
+constexpr int kSharedBytes = kSentAt<C> + (C::kCluster > 1 ? C::kRows * kSentRowBytes<C> : 0);
+
+/// The longest text that one cluster a head attends to, and the largest cache for Config::Short.
+constexpr int kClusterKeys = 16384, kShortKeys = 4096;
 
 /// Enough units to fill the SMs, if all sequences are equally long: the fewest that leave few idle
 /// in the last wave.
@@ -60,9 +50,8 @@ Division divide(const AttentionArgs& a) {
   const int64_t slots = int64_t{limits.processors} * C::kBlocks;
   const int64_t keys = std::min(a.capacity, a.seq - 1 + a.window + C::kBlockKeys - 1);
   const int64_t longest = ceil_div(keys, int64_t{C::kBlockKeys});
-  const int cluster = has_clusters<C>() && a.batch == 1 && limits.starts_early ? kCluster : 1;
-  if (cluster > 1 && longest <= kCluster * kClusterSteps)
-    return {1, static_cast<int>(row_blocks), cluster};
+  const bool clusters = C::kHasClusters && a.batch == 1 && limits.starts_early;
+  if (clusters && keys <= kClusterKeys) return {1, static_cast<int>(row_blocks), true};
   int64_t parts = 1;
   double best = 0;
   for (int64_t n = 1; n <= longest && (n == 1 || n * pairs <= kMostWaves * slots); ++n) {
@@ -76,7 +65,7 @@ Division divide(const AttentionArgs& a) {
   }
   // Rounding a sequence's parts up costs a unit each (for_units).
   return {static_cast<int>(a.batch * (parts + (a.batch > 1 ? 1 : 0))), static_cast<int>(row_blocks),
-          parts > 1 ? cluster : 1};
+          clusters && parts > 1};
 }
 
 // ---- On the device: the rows, sequence and keys of a block --------------------------------------
@@ -106,9 +95,8 @@ __device__ __forceinline__ Span span_of(const AttentionArgs& a, int length, int 
   return {first, (length + block_keys - 1) / block_keys - first, length};
 }
 
-template <class C>
 __device__ __forceinline__ bool is_for_cluster(const AttentionArgs& a, int length) {
-  return span_of(a, length, C::kBlockKeys).blocks <= kCluster * kClusterSteps;
+  return span_of(a, length, 1).blocks <= kClusterKeys;
 }
 
 /// A unit's sequence and its part there; sequence -1: nothing to do.
@@ -122,14 +110,14 @@ struct Keys {
 };
 template <class C>
 __device__ __forceinline__ Keys keys_of(const AttentionArgs& a, int length, const Unit& unit,
-                                        int rank, int cluster) {
+                                        int rank) {
   const Span span = span_of(a, length, C::kBlockKeys);
   const auto boundary = [&](int split) {
     return (span.first + static_cast<int>(static_cast<unsigned>(span.blocks * split) /
-                                          static_cast<unsigned>(unit.splits * cluster))) *
+                                          static_cast<unsigned>(unit.splits * C::kCluster))) *
            C::kBlockKeys;
   };
-  const int split = unit.split * cluster + rank;
+  const int split = unit.split * C::kCluster + rank;
   return {boundary(split), min(boundary(split + 1), span.length), span.length};
 }
 

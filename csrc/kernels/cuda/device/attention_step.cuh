@@ -264,41 +264,6 @@ __device__ __forceinline__ Param make_param(Running<C>& r, const unsigned char* 
           static_cast<float>(zeros[C::kKeys + key])};
 }
 
-/// Which keys of a step the lane's columns see, where not all are seen.
-template <class C>
-struct Sight {
-  uint32_t bits[C::kTiles][2];  // bit k: key k of the step
-
-  __device__ __forceinline__ void find(const AttentionArgs& a, const RowsOfBlock& rows, int key,
-                                       int length) {
-    const int lane = threadIdx.x % kWarp, t = lane % 4;
-    const bool one = a.seq == 1 && a.mask_head_stride == 0;  // for all rows
-    uint32_t seen = 0;
-#pragma unroll 1  // rare, and long
-    for (int row = 0; row < (one ? 1 : C::kRows); ++row) {
-      const int s = rows.s(row);
-      if (row < rows.rows &&
-          (row == 0 || a.mask_head_stride != 0 || (rows.first + row) % rows.group == 0)) {
-        const int limit = length - static_cast<int>(a.seq) + s + 1;
-        bool visible = key + lane < limit && key + lane >= limit - static_cast<int>(a.window);
-        if (a.mask != nullptr && visible) {
-          visible =
-              key + lane < a.mask_keys &&
-              a.mask[rows.b * a.mask_batch_stride + rows.query_head(row) * a.mask_head_stride +
-                     s * a.mask_seq_stride + key + lane];
-        }
-        seen = __ballot_sync(kAllLanes, visible);
-      }
-#pragma unroll
-      for (int n = 0; n < C::kTiles; ++n) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c)
-          if (one || row == n * kMmaColumns + 2 * t + c) bits[n][c] = seen;
-      }
-    }
-  }
-};
-
 /// One step: kKeys keys from `key` on, whose codes are in `stage`.
 template <class C>
 __device__ __forceinline__ void attend(Running<C>& r, const AttentionArgs& a, const Queries<C>& q,
