@@ -154,8 +154,8 @@ def test_attention(
     report("cpu", case)
 
 
-def test_model() -> None:
-    """Tokens a second through `generate`, greedy: W4A8KV4 beside bf16."""
+def test_model(report: Report) -> None:
+    """Time a token through `generate`, greedy, of the prompt and after it: W4A8KV4 beside bf16."""
     config = LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
         num_attention_heads=9, num_key_value_heads=3, head_dim=64, tie_word_embeddings=True,
@@ -163,18 +163,21 @@ def test_model() -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).bfloat16().eval()
-    before = rates(model)
+    model.generation_config.eos_token_id = None  # all tokens asked for come
+    peers = {"bf16": rates(model)}
     start = time.perf_counter()
     model = quarot.convert(model, "W4A8KV4", progress=False)
     seconds = time.perf_counter() - start
-    after = rates(model)
-    for name, theirs, ours in zip(("prompt", "decode"), before, after, strict=True):
-        print(f"\n{name} {ours:8.1f} tokens/s | bf16 {theirs:8.1f} | {ours / theirs:.2f}x", end="")
-    print(f"\nconvert {seconds:.1f} s", end="")
+    ours = rates(model)
     path = os.environ.get("QUAROT_BENCH_GGUF")
     if path and importlib.util.find_spec("llama_cpp"):
-        prompt, decode = llama_cpp_rates(path)
-        print(f"\nllama.cpp: prompt {prompt:.1f}, decode {decode:.1f} tokens/s", end="")
+        peers["llama.cpp"] = llama_cpp_rates(path)
+    for i, (name, tokens) in enumerate({"prompt": PROMPT, "decode": NEW}.items()):
+        baselines = {peer: ours[i] / rate[i] for peer, rate in peers.items()}
+        shape = f"{name} {tokens}, {ours[i]:.0f} tokens/s"
+        report("cpu", Case("generate", shape, 1e6 / ours[i], None, None, baselines))
+    layers = f"{config.num_hidden_layers} layers"
+    report("cpu", Case("convert", layers, seconds * 1e6, None, None, {}))
 
 
 def least_seconds(run: Callable[[], object]) -> float:
@@ -193,7 +196,7 @@ def rates(model: Any) -> tuple[float, float]:
     ids = torch.randint(3, model.config.vocab_size, (1, PROMPT))
 
     def generate(new: int) -> float:
-        options = {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new}
+        options = {"do_sample": False, "max_new_tokens": new}
         return least_seconds(
             lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         )

@@ -70,8 +70,8 @@ class Case:
     Args:
         name: what was run;  shape: its sizes and dtype, as printed.
         us: median time in microseconds.
-        gbps: bytes read and written once, by that time, in GB/s.
-        copy_share: the time of a copy of the same bytes by this time (1 = at the bound).
+        gbps: bytes read and written once, by that time, in GB/s; None where they say nothing.
+        copy_share: the time of a copy of the same bytes by this time (1 = at the bound), or None.
         baselines: name -> that implementation's time by this time (2 = we are twice as fast).
         sizes: the shape in numbers, for plots.
     """
@@ -79,18 +79,18 @@ class Case:
     name: str
     shape: str
     us: float
-    gbps: float
-    copy_share: float
+    gbps: float | None
+    copy_share: float | None
     baselines: dict[str, float]
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def line(self) -> str:
         """Return the case as one line of a table."""
         others = "  ".join(f"{x:5.2f}x {name}" for name, x in self.baselines.items())
-        return (
-            f"{self.shape:32} | {self.us:9.1f} µs | {self.gbps:7.1f} GB/s | "
-            f"{self.copy_share:6.1%} of copy | {others}"
-        )
+        bytes_ = ""
+        if self.gbps is not None and self.copy_share is not None:
+            bytes_ = f"{self.gbps:7.1f} GB/s | {self.copy_share:6.1%} of copy | "
+        return f"{self.shape:32} | {self.us:9.1f} µs | {bytes_}{others}"
 
 
 def median_seconds(run: Callable[[], object], device: str, seconds: float = MIN_SECONDS) -> float:

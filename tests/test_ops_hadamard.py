@@ -128,14 +128,26 @@ def test_non_finite_values_stay_in_their_block(device):
         (torch.zeros(2, 64, dtype=torch.float64), None, {}, "x.*float64"),
         (torch.zeros(2, 64, dtype=torch.int32), None, {}, "x.*int32"),
         (torch.zeros(()), 1, {}, "x.*dimension"),
+        ([1.0], None, {}, "'?x'?.*list"),
+        ([1.0], 12, {}, "'?x'?.*list"),
         (torch.zeros(2, 64), 128, {}, "size.*128"),
         (torch.zeros(2, 64), 24, {}, "size.*24"),
         (torch.zeros(2, 64), 0, {}, "size.*0"),
         (torch.zeros(2, 64), -4, {}, "size.*-4"),
         (torch.zeros(2, 92), 92, {}, "size.*92"),
         (torch.zeros(2, 48), 48, {"factor": torch.ones(12, 12)}, "factor.*int8"),
-        (torch.zeros(2, 48), 48, {"factor": torch.ones(12, 10, dtype=torch.int8)}, "factor"),
-        (torch.zeros(2, 48), 48, {"factor": torch.ones(20, 20, dtype=torch.int8)}, "factor|size"),
+        (
+            torch.zeros(2, 48),
+            48,
+            {"factor": torch.ones(12, 10, dtype=torch.int8)},
+            "factor.*square",
+        ),
+        (
+            torch.zeros(2, 48),
+            48,
+            {"factor": torch.ones(20, 20, dtype=torch.int8)},
+            "size.*20.*factor|size.*factor.*20.*48",
+        ),
     ],
 )
 def test_refusals_name_the_argument(module, x, size, options, message):

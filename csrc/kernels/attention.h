@@ -45,28 +45,6 @@ struct AttentionArgs {
 /// A window beyond any length, with which sums still fit 32 bits.
 inline constexpr int64_t kNoWindow = int64_t{1} << 30;
 
-namespace cpu {
-
-/// Floats of workspace that a call needs. `longest` = max(lengths).
-int64_t attention_workspace(const AttentionArgs& args, int64_t longest);
-
-void attention(const AttentionArgs& args, const Executor& executor);
-
-}  // namespace cpu
-namespace cuda {
-
-/// Floats of workspace that a call needs; from shapes alone: lengths are not read by the host.
-int64_t attention_workspace(const AttentionArgs& args);
-
-/// Whether there is a kernel for a head dimension.
-bool attention_has(int64_t head_dim);
-
-/// For few queries a sequence: its work grows with seq. q, out and the codes are 16-byte aligned. A
-/// length beyond the capacity counts as the capacity, a key beyond the mask as not seen.
-void attention(const AttentionArgs& args, Stream stream);
-
-// ---- Many queries: what torch's attention needs -------------------------------------------------
-
 /// Some tokens of some (sequence, cache head) pairs of a cache as 16- or 32-bit keys and values.
 /// Tokens beyond a length become zeros. A broken token, one whose key or value has a scale that is
 /// not finite: value 0 and key NaN, or both 0 where `broken` is there to say so.
@@ -90,6 +68,37 @@ struct DequantizeKvArgs {
   int bits;
   Pages pages;
 };
+
+namespace cpu {
+
+/// Floats of workspace that a call with lengths up to `longest` needs.
+int64_t attention_workspace(const AttentionArgs& args, int64_t longest);
+
+void attention(const AttentionArgs& args, const Executor& executor);
+
+/// For whole sequences of one length only: `lengths` and `broken` null, all tokens from 0 on.
+void dequantize_kv(const DequantizeKvArgs& args, const Executor& executor);
+
+/// Whether torch's attention of many bf16 queries is faster than this one: where the processor
+/// multiplies tiles of bf16 (2.1x). A matter of the processor, not of the variant in use, which
+/// shows in no result.
+bool prefers_torch_attention();
+
+}  // namespace cpu
+namespace cuda {
+
+/// Floats of workspace that a call needs; from shapes alone: lengths are not read by the host.
+int64_t attention_workspace(const AttentionArgs& args);
+
+/// Whether there is a kernel for a head dimension.
+bool attention_has(int64_t head_dim);
+
+/// For few queries a sequence: its work grows with seq. q, out and the codes are 16-byte aligned. A
+/// length beyond the capacity counts as the capacity, a key beyond the mask as not seen.
+void attention(const AttentionArgs& args, Stream stream);
+
+// ---- Many queries: what torch's attention needs -------------------------------------------------
+
 void dequantize_kv(const DequantizeKvArgs& args, Stream stream);
 
 /// What each query sees, written out for some sequences, mask heads and queries.

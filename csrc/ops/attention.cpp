@@ -50,7 +50,7 @@ Call checked(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale, cons
   Call call;
   AttentionArgs& args = call.args;
   args.dtype = dtype_of(q.scalar_type(), kOp, "q");
-  call.queries = q.is_contiguous() ? q : torch::stable::contiguous(q);
+  call.queries = q.is_contiguous() ? q : dense_copy(q);
   require_cache(k_codes, k_scale, k_zero, shape, bits, q, kOp, {"k_codes", "k_scale", "k_zero"});
   require_cache(v_codes, v_scale, v_zero, shape, bits, q, kOp, {"v_codes", "v_scale", "v_zero"});
   call.lengths = require_dense(lengths, ScalarType::Int, {batch}, q, kOp, "lengths", "q");
@@ -71,7 +71,7 @@ Call checked(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale, cons
                        mask->size(3) >= call.longest,
                    kOp, "mask must be [", batch, ", 1 or ", heads, ", ", seq, ", at least ",
                    call.longest, "]; got ", describe(*mask));
-    call.mask = mask->stride(3) == 1 ? *mask : torch::stable::contiguous(*mask);
+    call.mask = mask->stride(3) == 1 ? *mask : dense_copy(*mask);
     args.mask = data<const bool>(call.mask);
     args.mask_keys = call.mask->size(3);
     args.mask_batch_stride = call.mask->stride(0);
@@ -98,6 +98,11 @@ Call checked(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale, cons
   return call;
 }
 
+/// Most queries a sequence that our kernels take where torch's attention is an alternative, which
+/// needs keys and values, and mostly a mask, written out: ours reads the cache once for 16 rows of
+/// queries on CUDA.
+constexpr int64_t kDecodeQueries = 32;
+
 Tensor new_out(const Tensor& q) { return new_tensor(q, sizes_of(q), q.scalar_type()); }
 
 Tensor attention_cpu(const Tensor& q, const Tensor& k_codes, const Tensor& k_scale,
@@ -108,9 +113,16 @@ Tensor attention_cpu(const Tensor& q, const Tensor& k_codes, const Tensor& k_sca
   Call call = checked(q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, lengths, mask, bits,
                       scale, length, window, block_table);
   AttentionArgs& args = call.args;
+  if (args.seq > kDecodeQueries && args.dtype == DType::bf16 && args.mask == nullptr &&
+      length == args.seq && args.window >= args.seq && q.numel() != 0 &&
+      cpu::prefers_torch_attention()) {
+    return causal_on_cpu(call.queries, args, scale);
+  }
   const Tensor out = new_out(q);
   if (q.numel() == 0) return out;
-  const int64_t floats = cpu::attention_workspace(args, call.longest);
+  // A tape runs at other lengths too.
+  const int64_t floats =
+      cpu::attention_workspace(args, Tape::current() == nullptr ? call.longest : args.capacity);
   const Tensor workspace = new_tensor(q, {floats}, ScalarType::Float);
   args.out = out.data_ptr();
   args.workspace = data<float>(workspace);
@@ -119,9 +131,6 @@ Tensor attention_cpu(const Tensor& q, const Tensor& k_codes, const Tensor& k_sca
 }
 
 #ifdef QUAROT_WITH_CUDA
-/// Most queries a sequence that the kernel takes: it reads the cache once for 16 rows of queries,
-/// where torch's attention needs keys and values, and mostly a mask, written out.
-constexpr int64_t kDecodeQueries = 32;
 constexpr uintptr_t kAlignment = 16;
 
 bool is_aligned(const Tensor& x) {

@@ -48,7 +48,7 @@ inline Placement placement_of(const OptionalTensor& table, const CacheShape& sha
   QUAROT_REQUIRE(shape.capacity > 0 && shape.capacity % kPageMultiple == 0, op,
                  "k_codes: blocks must be of a multiple of ", kPageMultiple, " tokens; got ",
                  describe(codes));
-  const Tensor dense = table->is_contiguous() ? *table : torch::stable::contiguous(*table);
+  const Tensor dense = table->is_contiguous() ? *table : dense_copy(*table);
   const int64_t columns = table->size(1);
   return {dense,
           {data<const int32_t>(dense), columns, shape.batch, shape.capacity},

@@ -10,6 +10,7 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -19,6 +20,7 @@
 #include <vector>
 
 #include "kernels/types.h"
+#include "ops/tape.h"
 
 // Weak: a CPU build of torch does not have it, and one _C serves both.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
@@ -111,6 +113,13 @@ inline void require_same_device(const Tensor& x, const Tensor& other, const char
                  describe(other));
 }
 
+/// A copy of x; `copied` is what torch made of it. Not a kernel's doing, so no tape has it.
+inline Tensor off_tape(const Tensor& copied) {
+  if (Tape* tape = Tape::current(); tape != nullptr) tape->spoil();
+  return copied;
+}
+inline Tensor dense_copy(const Tensor& x) { return off_tape(torch::stable::contiguous(x)); }
+
 /// A tensor of the given dtype and shape, dense, on the device of `like`; returned contiguous.
 inline Tensor require_dense(const Tensor& x, ScalarType dtype, const Sizes& sizes,
                             const Tensor& like, const char* op, const char* arg,
@@ -118,7 +127,7 @@ inline Tensor require_dense(const Tensor& x, ScalarType dtype, const Sizes& size
   require_dtype(x, dtype, op, arg);
   require_shape(x, sizes, op, arg);
   require_same_device(x, like, op, arg, like_arg);
-  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+  return x.is_contiguous() ? x : dense_copy(x);
 }
 
 /// The kernel's name of a floating-point dtype.
@@ -154,7 +163,9 @@ inline Tensor new_tensor(const Tensor& like, const Sizes& sizes, ScalarType dtyp
       dim, sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
       like.get_device_index(), &handle));
-  return Tensor(handle);
+  Tensor made(handle);
+  if (Tape* tape = Tape::current(); tape != nullptr) tape->hold(std::make_shared<Tensor>(made));
+  return made;
 }
 
 template <class T>
@@ -196,7 +207,7 @@ inline RowsOf rows_of(const Tensor& x, int64_t dims, const char* op, const char*
     rows *= x.size(d);
   }
   if (x.numel() == 0 || dense) return {x, {x.data_ptr(), dtype, rows, n, row_stride}};
-  Tensor copy = torch::stable::contiguous(x);
+  Tensor copy = dense_copy(x);
   return {copy, {copy.data_ptr(), dtype, rows, n, n}};
 }
 
@@ -230,10 +241,13 @@ class CudaScope {
 };
 
 /// Calls kernel(args..., executor) or kernel(args..., stream), whichever the kernel takes, on x's
-/// device.
+/// device. The former is noted on this thread's tape.
 template <auto kernel, class... Args>
 void launch(const Tensor& x, const Args&... args) {
   if constexpr (std::is_invocable_v<decltype(kernel), const Args&..., const Executor&>) {
+    if (Tape* tape = Tape::current(); tape != nullptr) [[unlikely]] {
+      tape->add([args...](const Executor& executor) { kernel(args..., executor); });
+    }
     kernel(args..., cpu_executor());
   } else {
     kernel(args..., CudaScope(x).stream());

@@ -17,7 +17,7 @@ Tensor require_heads(const Tensor& x, ScalarType dtype, const Sizes& sizes, cons
   require_dtype(x, dtype, kOp, arg);
   require_shape(x, sizes, kOp, arg);
   require_same_device(x, like, kOp, arg, "q");
-  return x.stride(3) == 1 ? x : torch::stable::contiguous(x);
+  return x.stride(3) == 1 ? x : dense_copy(x);
 }
 
 HeadVectors heads_of(const Tensor& x) {

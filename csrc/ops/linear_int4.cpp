@@ -55,7 +55,7 @@ void require_k(int64_t k, const char* op, const char* arg, const Tensor& x) {
 template <class Device>
 Tensor aligned(const Tensor& x) {
   const auto address = reinterpret_cast<uintptr_t>(x.data_ptr());
-  return address % Device::kAlignment == 0 ? x : torch::stable::clone(x);
+  return address % Device::kAlignment == 0 ? x : off_tape(torch::stable::clone(x));
 }
 
 /// A floating-point tensor of the given shape beside x, or none; contiguous.
@@ -96,9 +96,9 @@ Tensor linear_int4(const Tensor& x_q, const Tensor& x_scale, OptionalTensor x_ze
                  "w_scale: with packed x_q, groups must have multiples of ",
                  Device::kPackedGroupMultiple, " columns; got ", describe(w_scale));
   QUAROT_REQUIRE(!x_zero.has_value() || w_sum.has_value(), kOp,
-                 "w_sum is needed where x_zero is given");
+                 "w_sum must be int32 [n, groups] where x_zero is given; got None");
 
-  const Tensor x = aligned<Device>(x_q.is_contiguous() ? x_q : torch::stable::contiguous(x_q));
+  const Tensor x = aligned<Device>(x_q.is_contiguous() ? x_q : dense_copy(x_q));
   const Tensor xs = require_dense(x_scale, ScalarType::Float, lead, x_q, kOp, "x_scale", "x_q");
   QUAROT_REQUIRE(sizes_of(w) == Device::prepacked_sizes(n, k), kOp,
                  "w must be prepack_int4 of codes [", n, ", ", k / kInt4PerByte,
@@ -140,7 +140,7 @@ Tensor prepack_int4(const Tensor& w_packed) {
                  "w_packed must be [n, k / 2]; got ", describe(w_packed));
   const int64_t n = w_packed.size(0), k = w_packed.size(1) * kInt4PerByte;
   require_k<Device>(k, op, "w_packed", w_packed);
-  const Tensor in = w_packed.is_contiguous() ? w_packed : torch::stable::contiguous(w_packed);
+  const Tensor in = w_packed.is_contiguous() ? w_packed : dense_copy(w_packed);
   Tensor out = new_tensor(w_packed, Device::prepacked_sizes(n, k), ScalarType::Byte);
   launch<Device::kPrepack>(w_packed, data<uint8_t>(out), data<const uint8_t>(in), n, k);
   return out;

@@ -38,7 +38,7 @@ Tensor dequantize(const Tensor& q, const Tensor& scale, OptionalTensor zero, Sca
     group = groups > 0 ? n / groups : 1;
     scale_sizes.push_back(groups);
   }
-  const Tensor codes = q.is_contiguous() ? q : torch::stable::contiguous(q);
+  const Tensor codes = q.is_contiguous() ? q : dense_copy(q);
   const Tensor s = require_dense(scale, ScalarType::Float, scale_sizes, q, op, "scale", "q");
   OptionalTensor z;
   if (zero.has_value()) z = require_dense(*zero, ScalarType::Int, scale_sizes, q, op, "zero", "q");
@@ -60,7 +60,7 @@ Tensor pack_int4(const Tensor& q) {
   const int64_t n = q.size(q.dim() - 1);
   QUAROT_REQUIRE(n % kInt4PerByte == 0, "pack_int4", "q must have an even last dimension; got ",
                  describe(q));
-  const Tensor codes = q.is_contiguous() ? q : torch::stable::contiguous(q);
+  const Tensor codes = q.is_contiguous() ? q : dense_copy(q);
   Sizes sizes = lead_of(q, 1);
   sizes.push_back(n / kInt4PerByte);
   Tensor out = new_tensor(q, sizes, ScalarType::Byte);
@@ -74,7 +74,7 @@ template <auto kernel>
 Tensor unpack_int4(const Tensor& packed) {
   require_dim(packed, 1, "unpack_int4", "packed");
   require_dtype(packed, ScalarType::Byte, "unpack_int4", "packed");
-  const Tensor bytes = packed.is_contiguous() ? packed : torch::stable::contiguous(packed);
+  const Tensor bytes = packed.is_contiguous() ? packed : dense_copy(packed);
   Sizes sizes = lead_of(packed, 1);
   sizes.push_back(packed.size(packed.dim() - 1) * kInt4PerByte);
   Tensor out = new_tensor(packed, sizes, ScalarType::Char);

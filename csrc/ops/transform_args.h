@@ -28,6 +28,9 @@ inline MatrixOf matrix_of(int64_t size, const OptionalTensor& factor, double sca
     QUAROT_REQUIRE(order <= kMaxFactorOrder, op, "factor must have at most ", kMaxFactorOrder,
                    " rows; got ", describe(*factor));
     memory = require_dense(*factor, ScalarType::Char, {order, order}, x, op, "factor", "x");
+    if (Tape* tape = Tape::current(); tape != nullptr) {
+      tape->hold(std::make_shared<Tensor>(*memory));  // of a cache that may let go of it
+    }
   }
   const int64_t power = size / order;
   QUAROT_REQUIRE(power * order == size && (power & (power - 1)) == 0 && power >= 1, op, size_arg,

@@ -8,6 +8,7 @@
 namespace quarot::cpu {
 QUAROT_DECLARE_VARIANTS(void attention(const AttentionArgs&, const AttentionSplit&,
                                        const Executor&))
+QUAROT_DECLARE_VARIANTS(void dequantize_kv(const DequantizeKvArgs&, const Executor&))
 }  // namespace quarot::cpu
 
 namespace quarot::testing {
@@ -277,10 +278,68 @@ TEST(attention_survives_scores_far_apart) {
   }
 }
 
+TEST(dequantized_keys_and_values_are_those_of_the_cache) {
+  for (const auto& [dim, page] : {std::pair{64, 0}, {80, 48}, {8, 16}}) {
+    for (const int bits : {4, 8}) {
+      for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+        Call call({1, 2, 2, dim, {70, 70}}, dtype, bits, Mask::none, {kNoWindow, page});
+        call.k.scale[call.slot(1, 0, 3)] = 0x7e00;
+        call.v.scale[call.slot(1, 1, 66)] = 0x7c00;
+        constexpr int64_t kTokens = 70, kPairs = 3;  // of four: the first is left out
+        std::vector<uint8_t> want;
+        for (const cpu::Isa isa : available_isas()) {
+          const int64_t size = kPairs * kTokens * dim;
+          Guarded<uint8_t> keys(size * bytes_of(dtype), 0xee), values(keys.size(), 0xee);
+          const DequantizeKvArgs args{
+              keys.data(),   values.data(), nullptr,     nullptr, call.k.view(),
+              call.v.view(), nullptr,       dtype,       kTokens, 1,
+              kPairs,        kTokens,       -kNoWindow,  2,       dim,
+              call.capacity, bits,          call.pages()};
+          VARIANT(isa, dequantize_kv)(args, threaded(3));
+          std::vector<uint8_t> got(keys.data(), keys.data() + keys.size());
+          got.insert(got.end(), values.data(), values.data() + values.size());
+          if (want.empty()) want = got;
+          CHECK(got == want, cpu::isa_name(isa), " dim ", dim, " bits ", bits);
+          for (int64_t i = 0; i < size; ++i) {
+            const int64_t pair = 1 + i / dim / kTokens, token = i / dim % kTokens;
+            const int64_t slot = call.slot(pair / 2, pair % 2, token);
+            const float key = from_bits(dtype, keys.data(), i);
+            const float value = from_bits(dtype, values.data(), i);
+            if ((pair == 2 && token == 3) || (pair == 3 && token == 66)) {
+              CHECK(std::isnan(key) && value == 0, "pair ", pair, " token ", token);
+              continue;
+            }
+            uint8_t exact[4];
+            to_bits(dtype, exact, 0, static_cast<float>(call.k.at(slot, dim, bits, i % dim)));
+            CHECK(key == from_bits(dtype, exact, 0), "key ", i);
+            to_bits(dtype, exact, 0, static_cast<float>(call.v.at(slot, dim, bits, i % dim)));
+            CHECK(value == from_bits(dtype, exact, 0), "value ", i);
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(attention_refuses_pages_that_there_are_not) {
   Call call({1, 1, 1, 8, {20}}, DType::f32, 8, Mask::none, {kNoWindow, 16});
   call.table[1] = 2;
   CHECK_THROWS(call.run(&cpu::attention, serial()), "block_table[0, 1]");
+}
+
+TEST(attention_reads_no_pages_before_the_first_window) {
+  // Keys come in tiles that begin before it, at pages that are gone.
+  for (const int bits : {4, 8}) {
+    for (const int64_t seq : {1, 20}) {
+      Call call({seq, 2, 1, 64, {48}}, DType::f32, bits, Mask::none, {9, 16});
+      const auto want = call.run(&cpu::attention, serial());
+      call.table[0] = -1;
+      for (const cpu::Isa isa : available_isas()) {
+        CHECK(call.run(VARIANT(isa, attention), serial()) == want, cpu::isa_name(isa));
+      }
+      CHECK(call.run(&cpu::attention, serial()) == want);
+    }
+  }
 }
 
 TEST(attention_refuses_lengths_beyond_the_capacity) {

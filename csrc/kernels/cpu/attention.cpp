@@ -23,8 +23,10 @@ AttentionSplit attention_split(const AttentionArgs& a, int64_t longest) {
 }
 
 int64_t attention_workspace(const AttentionArgs& a, int64_t longest) {
-  const int64_t splits = attention_split(a, longest).splits;
-  return splits == 1 ? 0 : a.batch * a.seq * a.heads * splits * attention_partial(a.head_dim);
+  if (attention_split(a, longest).splits == 1) return 0;
+  const int64_t splits = ceil_div(longest, kAttentionSplitKeys);
+  const int64_t most = splits < kAttentionMaxSplits ? splits : kAttentionMaxSplits;
+  return a.batch * a.seq * a.heads * most * attention_partial(a.head_dim);
 }
 
 void attention(const AttentionArgs& args, const Executor& executor) {
@@ -36,7 +38,8 @@ void attention(const AttentionArgs& args, const Executor& executor) {
   for (int64_t b = 0; b < args.batch; ++b) {
     QUAROT_ASSERT(args.lengths[b] >= 0 && args.lengths[b] <= args.capacity,
                   "attention: lengths[b] must be in [0, capacity]");
-    check_pages("attention", args.pages, b, args.lengths[b]);
+    const int64_t first = args.lengths[b] - args.seq + 1 - args.window;  // of the first query
+    check_pages("attention", args.pages, b, first < 0 ? 0 : first, args.lengths[b]);
     longest = args.lengths[b] > longest ? args.lengths[b] : longest;
   }
   const AttentionSplit split = attention_split(args, longest);

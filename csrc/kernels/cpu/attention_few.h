@@ -1,17 +1,19 @@
 // Attention of few query rows (decode) to 16 keys, straight from the codes: nothing is transposed
 // and no key or value is written out. Only for attention_isa.cpp.
 //
-// A code takes four instructions on its way to fp32, and one a row after that. So the lanes are the
-// words of 32 bits in which the codes lie: lane j of a vector and its nibble (byte) i are dimension
-// kPerWord * j + i of a key. Queries and outputs are kept in that order, [kPerWord][words], and
-// vectors of 16 words are cut out of the cache as they are:
+// A code takes some instructions on its way to fp32 (two with AVX-512), and one a row after that.
+// So the lanes are the words of 32 bits in which the codes lie: lane j of a vector and its nibble
+// (byte) i are dimension kPerWord * j + i of a key. Queries and outputs are kept in that order,
+// [kPerWord][words], and vectors of 16 words are cut out of the cache as they are:
 //
 //   8 words a key (64 dimensions of 4 bits): vector v holds keys v and v + 8; there are 8
 //   16 or 32 words: one or two vectors a key
 //
 // Scores: the lanes of a key are added in a tree that merges two vectors at each level (stride 1,
-// 2, 4, 8) and ends with the 16 scores in the lanes of one vector. (code - zero) is exact; a key's
-// scale multiplies its score, a value's its weight.
+// 2, 4, 8) and ends with the 16 scores in the lanes of one vector. A key's scale multiplies its
+// score, a value's its weight. What is multiplied are codes less half of their range, whatever the
+// zero: the rest, half - zero, is the same for all dimensions of a key and enters once, times the
+// sum of the query, or times the weight into what all dimensions of the output have in common.
 #pragma once
 
 #include <cstdint>
@@ -71,8 +73,15 @@ struct Few {
       }
     }
   }
-  static QUAROT_INLINE F32 codes(const I32& word, int i, const I32& zero) {
-    return to_f32(((word >> (i * kBits)) & i32((1 << kBits) - 1)) - zero);
+  static constexpr int32_t kHalf = 1 << (kBits - 1);
+  static QUAROT_INLINE F32 codes(const I32& word, int i) {
+    const I32 moved = word >> (i * kBits);
+    if constexpr (kBits == 4) return centred_nibbles(moved);
+    return to_f32((moved & i32(2 * kHalf - 1)) - i32(kHalf));
+  }
+  /// half - zero of the 16 keys.
+  static QUAROT_INLINE F32 rest(const Group& group) {
+    return to_f32(i32(kHalf) - load(group.zero));
   }
 
   /// few [kRow] <- x [head_dim].
@@ -93,15 +102,13 @@ struct Few {
     }
   }
 
-  /// scores [R, 16] (rows `stride` apart)  <-  q [R, kRow] times the group's keys.
+  /// scores [R, 16] (rows `stride` apart)  <-  q [R, kRow], whose sums are q_sums [R], times the
+  /// group's keys.
   template <int R>
   static QUAROT_INLINE void scores(float* scores, int64_t stride, const float* q,
-                                   const Group& group) {
-    int32_t zeros[kTwoKeys ? kVectors * kLanes : 1];
-    spread_keys(zeros, group.zero);
+                                   const float* q_sums, const Group& group) {
     float sums[R][kVectors * kLanes];
     for (int64_t v = 0; v < kVectors; ++v) {
-      const I32 zero = of_keys(group.zero, zeros, v);
       F32 sum[R];
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) sum[r] = f32(0);
@@ -110,7 +117,7 @@ struct Few {
         const I32 word = words(group, v, part);
 #pragma GCC unroll 8
         for (int i = 0; i < kPerWord; ++i) {
-          const F32 code = codes(word, i, zero);
+          const F32 code = codes(word, i);
 #pragma GCC unroll 6
           for (int r = 0; r < R; ++r) {
             sum[r] = fma(code, load(q + r * kRow + i * kWidth + part * kLanes), sum[r]);
@@ -126,8 +133,9 @@ struct Few {
       merge<2>(sums[r], kVectors / 2);
       merge<4>(sums[r], kVectors / 4);
       if (!kTwoKeys) merge<8>(sums[r], kVectors / 8);
+      const F32 product = fma(rest(group), f32(q_sums[r]), load(sums[r]));
       // A scale that is not finite makes NaN of the score, also where the sum is zero or infinite.
-      store(scores + r * stride, load(sums[r]) * scale + (scale - scale));
+      store(scores + r * stride, product * scale + (scale - scale));
     }
   }
   template <int kStride>
@@ -139,16 +147,18 @@ struct Few {
   }
 
   /// out [R, kRow] = (factor ? factor [R] * out : out) + weights [R, 16] (rows `stride` apart)
-  /// times the group's values.
+  /// times the group's values; common [R, 16], whose sum belongs to each output, likewise.
   template <int R>
-  static QUAROT_INLINE void add_values(float* out, const float* factor, const float* weights,
-                                       int64_t stride, const Group& group) {
-    int32_t zeros[kTwoKeys ? kVectors * kLanes : 1];
+  static QUAROT_INLINE void add_values(float* out, float* common, const float* factor,
+                                       const float* weights, int64_t stride, const Group& group) {
     float scaled[R][kLanes], spread[R][kTwoKeys ? kVectors * kLanes : 1];
-    spread_keys(zeros, group.zero);
     for (int r = 0; r < R; ++r) {
-      store(scaled[r], load(weights + r * stride) * load(group.scale));
+      const F32 weight = load(weights + r * stride) * load(group.scale);
+      store(scaled[r], weight);
       spread_keys(spread[r], scaled[r]);
+      const F32 older = load(common + r * kLanes);
+      store(common + r * kLanes,
+            fma(weight, rest(group), factor == nullptr ? older : older * f32(factor[r])));
     }
     for (int i = 0; i < kPerWord; ++i) {
       for (int64_t part = 0; part < kParts; ++part) {
@@ -156,7 +166,7 @@ struct Few {
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) sum[r] = f32(0);
         for (int64_t v = 0; v < kVectors; ++v) {
-          const F32 code = codes(words(group, v, part), i, of_keys(group.zero, zeros, v));
+          const F32 code = codes(words(group, v, part), i);
 #pragma GCC unroll 6
           for (int r = 0; r < R; ++r) sum[r] = fma(code, of_keys(scaled[r], spread[r], v), sum[r]);
         }

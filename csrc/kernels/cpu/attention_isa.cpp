@@ -60,6 +60,9 @@ struct Tile {
   float* sum;      // [kRows]
   float* factor;   // [kRows] what the older part of `out` is multiplied by
   float* poison;   // [kKeys] 0, or NaN where the value's scale is not finite
+  // Of few rows: the sum of a row of q, and what its outputs have in common (attention_few.h).
+  float* q_sum;   // [kRows]
+  float* common;  // [kFewRows, 16]
 };
 
 // ---- Product of two tiles -----------------------------------------------------------------------
@@ -313,7 +316,8 @@ QUAROT_INLINE void load_group(Group& group, const KvCacheView& cache, int64_t sl
 template <class Few, int R>
 void few_scores(const Tile& t, int64_t first, int64_t row, int64_t rows, const Group& group) {
   for (; rows >= R; row += R, rows -= R) {
-    Few::template scores<R>(t.scores + row * kKeys + first, kKeys, t.k + row * Few::kRow, group);
+    Few::template scores<R>(t.scores + row * kKeys + first, kKeys, t.k + row * Few::kRow,
+                            t.q_sum + row, group);
   }
   if constexpr (R > 1) {
     if (rows > 0) few_scores<Few, R - 1>(t, first, row, rows, group);
@@ -323,7 +327,8 @@ void few_scores(const Tile& t, int64_t first, int64_t row, int64_t rows, const G
 template <class Few, int R>
 void few_values(const Tile& t, int64_t first, int64_t row, int64_t rows, const Group& group) {
   for (; rows >= R; row += R, rows -= R) {
-    Few::template add_values<R>(t.v + row * Few::kRow, first == 0 ? t.factor + row : nullptr,
+    Few::template add_values<R>(t.v + row * Few::kRow, t.common + row * kLanes,
+                                first == 0 ? t.factor + row : nullptr,
                                 t.scores + row * kKeys + first, kKeys, group);
   }
   if constexpr (R > 1) {
@@ -352,7 +357,14 @@ void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t b
     t.sum[r] = 0;
   }
   if constexpr (Few::kFew) {
-    for (int64_t r = 0; r < block.rows; ++r) Few::arrange(t.k + r * Few::kRow, t.q + r * t.dim);
+    for (int64_t r = 0; r < block.rows; ++r) {
+      const float* q = t.q + r * t.dim;
+      F32 sum = load(q);
+      for (int64_t i = kLanes; i < t.dim; i += kLanes) sum = sum + load(q + i);
+      t.q_sum[r] = reduce_add(sum);
+      Few::arrange(t.k + r * Few::kRow, q);
+      store(t.common + r * kLanes, f32(0));
+    }
     for (int64_t i = 0; i < block.rows * Few::kRow; i += kLanes) store(t.v + i, f32(0));
   }
   // Keys that row r may see, by causality alone.
@@ -368,7 +380,8 @@ void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t b
     Slots slots{};
     for (int64_t i = 0; i < count; i += kLanes) {
       const TokenPlace place = place_of(a.pages, a.kv_heads, a.capacity, block.b, key + i);
-      slots.of[i / kLanes] = place.first + block.head * place.apart;
+      // Of a tile's keys those before every window may be in no block: any will do for them.
+      slots.of[i / kLanes] = place.first < 0 ? 0 : place.first + block.head * place.apart;
     }
     Group values[kKeys / kLanes];
     if constexpr (Few::kFew) {
@@ -417,7 +430,12 @@ void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t b
     }
   }
   if constexpr (Few::kFew) {
-    for (int64_t r = 0; r < block.rows; ++r) Few::restore(t.out + r * t.dim, t.v + r * Few::kRow);
+    for (int64_t r = 0; r < block.rows; ++r) {
+      float* out = t.out + r * t.dim;
+      Few::restore(out, t.v + r * Few::kRow);
+      const F32 common = f32(reduce_add(load(t.common + r * kLanes)));
+      for (int64_t i = 0; i < t.dim; i += kLanes) store(out + i, load(out + i) + common);
+    }
   }
 }
 
@@ -512,8 +530,10 @@ void attention(const AttentionArgs& a, const AttentionSplit& split, const Execut
     const int64_t most = rows < kRows ? rows : kRows;
     const Scratch q(most * dim), k(dim * kKeys), v(kKeys * dim), scores(most * kKeys);
     const Scratch out(most * dim), maximum(kRows), sum(kRows), factor(kRows), poison(kKeys);
-    const Tile tile{dim,        q.data(),       k.data(),   v.data(),      scores.data(),
-                    out.data(), maximum.data(), sum.data(), factor.data(), poison.data()};
+    const Scratch q_sum(kRows), common(kFewRows * kLanes);
+    const Tile tile{dim,           q.data(),      k.data(),       v.data(),
+                    scores.data(), out.data(),    maximum.data(), sum.data(),
+                    factor.data(), poison.data(), q_sum.data(),   common.data()};
     for (int64_t task = begin; task < end; ++task) run_task(a, split, tile, task);
   });
   if (split.splits == 1) return;

@@ -279,10 +279,33 @@ QUAROT_INLINE void for_each_tile(const LinearInt4Args& a, int64_t scratch_bytes,
   });
 }
 
+/// Whether `end_plain` does what `end_group` would for a block of 16 channels.
+bool is_plain(const LinearInt4Args& a, int64_t block) {
+  return a.groups == 1 && a.x_zero == nullptr && a.bias == nullptr && a.n >= (block + 1) * kLanes &&
+         a.out_dtype == DType::bf16 && (a.residual == nullptr || a.residual_dtype == DType::bf16);
+}
+
+/// What is usual without the questions, which would take longer than the products of a short row.
+template <bool kResidual>
+void end_plain(const LinearInt4Args& a, const Tile& tile, int64_t block, const int32_t* acc,
+               const int32_t* x_sums) {
+  const F32 scale = load(a.w_scale + block * kLanes);
+  for (int64_t r = tile.row; r < tile.row + tile.rows; ++r, acc += kLanes) {
+    const int64_t at = r * a.n + block * kLanes;
+    F32 y = (to_f32(load(acc) - i32(kOffset * x_sums[r])) * f32(a.x_scale[r])) * scale;
+    if (kResidual) y = y + load<DType::bf16>(a.residual, at);
+    store<DType::bf16>(a.out, at, y);
+  }
+}
+
 /// Scales the sums acc [rows, 16] of a group, adds them to y [rows, 16] (which holds the groups
 /// before), and writes the output after the last one.
 void end_group(const LinearInt4Args& a, const Tile& tile, int64_t block, int64_t group,
                const int32_t* acc, float* y, const int32_t* x_sums) {
+  if (is_plain(a, block)) {
+    return a.residual == nullptr ? end_plain<false>(a, tile, block, acc, x_sums)
+                                 : end_plain<true>(a, tile, block, acc, x_sums);
+  }
   const GroupOfChannels channels = load_group(a, block * kLanes, group);
   for (int64_t r = tile.row; r < tile.row + tile.rows; ++r, acc += kLanes, y += kLanes) {
     F32 value = scaled(a, r, load(acc), x_sums[r * a.groups + group], channels);

@@ -86,61 +86,101 @@ inline void butterfly_two_stages(float* x, int64_t count, int64_t stride) {
 
 inline constexpr int64_t kGroupRows = 4;
 inline constexpr int64_t kGroupSums = 1 << kGroupRows;
+/// Vectors of columns side by side, which share the choice of a sum; other registers are too few.
+inline constexpr int kBeside = kRegisterBytes == 64 ? 2 : 1;
+inline constexpr int64_t kBesideLanes = kBeside * kLanes;
 /// Groups whose sums are in memory at a time: 16 KB, half of a small L1.
-inline constexpr int64_t kRunGroups = 16;
+inline constexpr int64_t kRunGroups = 16 / kBeside;
 /// Outputs that are summed side by side, which hides the latency of an addition.
 inline constexpr int kOutputs = kRegisterBytes == 64 ? 8 : 4;
 
-/// sums [16, 16 lanes]: entry i is +-x0 +- x1 +- x2 +- x3, minus where i has the row's bit.
+/// sums [16]: entry i is +-x0 +- x1 +- x2 +- x3, minus where i has the row's bit. Entries are
+/// kBesideLanes apart.
 QUAROT_INLINE void group_sums(const F32& x0, const F32& x1, const F32& x2, const F32& x3,
                               float* sums) {
   const F32 low[kGroupRows] = {x0 + x1, x1 - x0, x0 - x1, -x0 - x1};
   const F32 high[kGroupRows] = {x2 + x3, x3 - x2, x2 - x3, -x2 - x3};
 #pragma GCC unroll 16
-  for (int i = 0; i < kGroupSums; ++i) store(sums + i * kLanes, low[i % 4] + high[i / 4]);
+  for (int i = 0; i < kGroupSums; ++i) store(sums + i * kBesideLanes, low[i % 4] + high[i / 4]);
 }
 
 /// x[a ... a + N)[c ...] = (base ? base[a ...] : 0) + sums of `groups` groups; choice:
-/// [groups, order] offsets into a group's sums.
+/// [groups, order] offsets into a group's sums; valid: columns.
 template <int N>
 QUAROT_INLINE void factor_outputs(float* x, int64_t stride, int64_t valid, const float* base,
                                   const float* sums, const uint16_t* choice, int64_t order,
                                   int64_t groups) {
-  F32 total[N];
+  F32 total[N][kBeside];
 #pragma GCC unroll 8
-  for (int o = 0; o < N; ++o) total[o] = base == nullptr ? f32(0) : load(base + o * kLanes);
-  for (int64_t g = 0; g < groups; ++g, sums += kGroupSums * kLanes, choice += order) {
+  for (int o = 0; o < N; ++o) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kBeside; ++v) {
+      total[o][v] = base == nullptr ? f32(0) : load(base + o * kBesideLanes + v * kLanes);
+    }
+  }
+  for (int64_t g = 0; g < groups; ++g, sums += kGroupSums * kBesideLanes, choice += order) {
+    int64_t chosen[N];
+    if constexpr (N % 4 == 0) {  // four offsets a load: loads are what there is most of
+#pragma GCC unroll 2
+      for (int four = 0; four < N; four += 4) {
+        uint64_t offsets;
+        __builtin_memcpy(&offsets, choice + four, sizeof offsets);
+#pragma GCC unroll 4
+        for (int o = 0; o < 4; ++o) chosen[four + o] = offsets >> (16 * o) & 0xffff;
+      }
+    } else {
+      for (int o = 0; o < N; ++o) chosen[o] = choice[o];
+    }
 #pragma GCC unroll 8
-    for (int o = 0; o < N; ++o) total[o] = total[o] + load(sums + choice[o]);
+    for (int o = 0; o < N; ++o) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kBeside; ++v) {
+        total[o][v] = total[o][v] + load(sums + chosen[o] + v * kLanes);
+      }
+    }
   }
 #pragma GCC unroll 8
-  for (int o = 0; o < N; ++o) store_upto<DType::f32>(x + o * stride, 0, valid, total[o]);
+  for (int o = 0; o < N; ++o) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kBeside; ++v) {
+      if (v * kLanes < valid) {
+        store_upto<DType::f32>(x + o * stride, v * kLanes, valid, total[o][v]);
+      }
+    }
+  }
 }
 
 /// x[a][c] <- sum over b of x[b][c] * sign[b][a] for a block [K][columns], K = order.
-/// choice: [ceil(K / 4), K], from factor_choices. sums: kRunGroups * 16 vectors. out: K vectors.
+/// choice: [ceil(K / 4), K], from factor_choices. sums: kRunGroups * 16 * kBesideLanes floats; out:
+/// K * kBesideLanes.
 [[gnu::noinline]] inline void apply_factor(float* x, int64_t order, int64_t columns,
                                            const uint16_t* choice, float* sums, float* out) {
   const int64_t groups = ceil_div(order, kGroupRows);
-  for (int64_t c = 0; c < columns; c += kLanes) {
+  for (int64_t c = 0; c < columns; c += kBesideLanes) {
     for (int64_t first = 0; first < groups; first += kRunGroups) {
       const int64_t count = groups - first < kRunGroups ? groups - first : kRunGroups;
       for (int64_t g = 0; g < count; ++g) {
-        const auto row = [&](int64_t i) __attribute__((always_inline)) {
-          const int64_t b = (first + g) * kGroupRows + i;
-          return b < order ? load_upto<DType::f32>(x + b * columns, c, columns) : f32(0);
-        };
-        group_sums(row(0), row(1), row(2), row(3), sums + g * kGroupSums * kLanes);
+        for (int v = 0; v < kBeside; ++v) {
+          const int64_t column = c + v * kLanes;
+          const auto row = [&](int64_t i) __attribute__((always_inline)) {
+            const int64_t b = (first + g) * kGroupRows + i;
+            const bool there = b < order && column < columns;
+            return there ? load_upto<DType::f32>(x + b * columns, column, columns) : f32(0);
+          };
+          group_sums(row(0), row(1), row(2), row(3),
+                     sums + g * kGroupSums * kBesideLanes + v * kLanes);
+        }
       }
       // The last run has read all of x, and may write there.
       const bool last = first + count == groups;
       float* to = last ? x + c : out;
-      const int64_t stride = last ? columns : kLanes;
-      const int64_t valid = last ? columns - c : kLanes;
+      const int64_t stride = last ? columns : kBesideLanes;
+      const int64_t valid = last ? columns - c : kBesideLanes;
       const uint16_t* chosen = choice + first * order;
       const auto outputs = [&]<int N>(int64_t a) __attribute__((always_inline)) {
-        factor_outputs<N>(to + a * stride, stride, valid, first == 0 ? nullptr : out + a * kLanes,
-                          sums, chosen + a, order, count);
+        factor_outputs<N>(to + a * stride, stride, valid,
+                          first == 0 ? nullptr : out + a * kBesideLanes, sums, chosen + a, order,
+                          count);
       };
       int64_t a = 0;
       for (; a + kOutputs <= order; a += kOutputs) outputs.template operator()<kOutputs>(a);
@@ -157,7 +197,7 @@ inline void factor_choices(uint16_t* choice, const int8_t* signs, int64_t order)
     for (int64_t a = 0; a < order; ++a) choice[a] = 0;
     for (int64_t i = 0; i < kGroupRows && g * kGroupRows + i < order; ++i) {
       const int8_t* row = signs + (g * kGroupRows + i) * order;
-      const int negative = kLanes << i;
+      const int negative = kBesideLanes << i;
       for (int64_t a = 0; a < order; ++a) {
         choice[a] = static_cast<uint16_t>(choice[a] + (row[a] < 0 ? negative : 0));
       }
@@ -174,8 +214,8 @@ class Transform {
       : size_(matrix.size),
         order_(matrix.factor_order),
         choices_(order_ > 1 ? ceil_div(order_, kGroupRows) * order_ / 2 + 1 : 0),
-        sums_(order_ > 1 ? kRunGroups * kGroupSums * kLanes : 0),
-        out_(order_ > 1 ? order_ * kLanes : 0) {
+        sums_(order_ > 1 ? kRunGroups * kGroupSums * kBesideLanes : 0),
+        out_(order_ > 1 ? order_ * kBesideLanes : 0) {
     if (order_ > 1) factor_choices(choice(), matrix.factor, order_);
   }
 
@@ -184,13 +224,18 @@ class Transform {
   [[gnu::noinline]] void operator()(float* x, int64_t n, int64_t inner = 1) const {
     const int64_t power = size_ / order_;
     const int64_t columns = power * inner;
-    int64_t stride = inner;
-    if (inner == 1 && power > 1) {
-      const int64_t width = power < kLanes ? power : kLanes;
+    // Block by block, each of which stays in the L1 for all its stages.
+    const int64_t width = inner > 1 ? 1 : power < kLanes ? power : kLanes;
+    const int64_t stride = inner * width;
+    if (width > 1 && columns <= kLanes) {
       for (int64_t i = 0; i < n; i += kLanes) store(x + i, butterflies(load(x + i), width));
-      stride = width;
     }
     for (int64_t block = 0; stride < columns && block < n; block += columns) {
+      if (width > 1) {
+        for (int64_t i = block; i < block + columns; i += kLanes) {
+          store(x + i, butterflies(load(x + i), width));
+        }
+      }
       int64_t h = stride;
       if (h % kLanes == 0) {
         for (; h * 4 <= columns; h *= 4) butterfly_two_stages(x + block, columns, h);

@@ -462,6 +462,19 @@ QUAROT_INLINE void load_halves(NativeI32& v, const void* p, const void* q) {
 }
 #endif
 
+// ---- Codes ----
+
+/// The low nibbles of the lanes, less 8.
+QUAROT_INLINE F32 centred_nibbles(const I32& v) {
+#if defined(__AVX512F__)
+  constexpr NativeF32 values = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+  // maskz: as in `load` above. Of an index only the low four bits count.
+  return _mm512_maskz_permutexvar_ps(0xffff, (__m512i)v, values);
+#else
+  return to_f32((v & i32(15)) - i32(8));
+#endif
+}
+
 // ---- Reductions over the lanes, in one fixed order: halves, quarters, ... ----
 
 /// Sum of the 16 lanes.
@@ -504,27 +517,33 @@ QUAROT_INLINE int32_t reduce_max(const I32& v) {
 
 // ---- Transcendental functions ----
 
+/// p * 2^n of an integer n in [-150, 129], rounded once; p in [1/2, 2].
+QUAROT_INLINE F32 scale_by_power(const F32& p, const F32& n) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(0xffff, p, n);  // maskz: as in `load` above
+#else
+  // In two factors: n reaches beyond a float's exponent. The first product is exact.
+  const I32 k = rint_i32(n), half = k >> 1;
+  return (p * from_bits((half + i32(127)) << 23)) * from_bits((k - half + i32(127)) << 23);
+#endif
+}
+
 /// e^a, within 2 ulp (correct infinities, zeros, NaN and gradual underflow). Cody-Waite reduction
 /// to |r| <= ln(2)/2, then the Taylor series to r^7, whose remainder is below 2^-27.
 QUAROT_INLINE F32 exp(const F32& a) {
   // Beyond these bounds the result is 0 or infinity anyway. The order of arguments keeps NaN out.
   const F32 x = min(max(a, f32(-104.0f)), f32(89.0f));
-  const F32 n = rint(x * f32(0x1.715476p+0f));
-  // ln 2 = hi + lo, hi short enough that n * hi is exact.
-  const F32 r = (x - n * f32(0x1.62e4p-1f)) - n * f32(0x1.7f7d1cp-20f);
+  const F32 n = fma(x, f32(0x1.715476p+0f), f32(kRound)) - f32(kRound);
+  // ln 2 = hi + lo
+  const F32 r = fma(n, f32(-0x1.7f7d1cp-20f), fma(n, f32(-0x1.62e4p-1f), x));
   F32 p = f32(1.0f / 5040.0f);
-  p = p * r + f32(1.0f / 720.0f);
-  p = p * r + f32(1.0f / 120.0f);
-  p = p * r + f32(1.0f / 24.0f);
-  p = p * r + f32(1.0f / 6.0f);
-  p = p * r + f32(0.5f);
-  p = p * (r * r) + r + f32(1.0f);
-  // 2^n in two factors: n reaches -150 and 128, beyond a float's exponent.
-  const I32 k = rint_i32(n);
-  const I32 half = k >> 1;
-  const F32 result =
-      (p * from_bits((half + i32(127)) << 23)) * from_bits((k - half + i32(127)) << 23);
-  return select(equal(a, a), result, a);
+  p = fma(p, r, f32(1.0f / 720.0f));
+  p = fma(p, r, f32(1.0f / 120.0f));
+  p = fma(p, r, f32(1.0f / 24.0f));
+  p = fma(p, r, f32(1.0f / 6.0f));
+  p = fma(p, r, f32(0.5f));
+  p = fma(p, r * r, r) + f32(1.0f);
+  return select(equal(a, a), scale_by_power(p, n), a);
 }
 
 /// ln a of a positive normal number, within 2 ulp of max(|ln a|, 1): a = 2^k m with m in

@@ -21,13 +21,14 @@ from quarot import hadamard
 from quarot.cache import CacheSpec, QuantizedLayer, adopt
 from quarot.config import QuarotConfig
 from quarot.models.base import Architecture, Geometry
-from quarot.modules import attention, canonical
+from quarot.modules import attention, canonical, replay
 from quarot.modules import mask as masks
 from quarot.modules.canonical import CanonicalLinear
 from quarot.modules.linear import QuantizedLinear, backend_ops
+from quarot.modules.watched import Watched
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Watched):
     """Run one decoder layer on quantized weights, activations and cache.
 
     Args:
@@ -201,6 +202,26 @@ class DecoderLayer(nn.Module):
             raise RuntimeError(f"weights: layer {self.index} is not fused; call fuse() first")
         if position_embeddings is None:
             raise ValueError("position_embeddings: got None, needs (cos, sin)")
+        if hidden_states.shape[1] == 1 and attention_mask is None:
+            output = replay.step(
+                self,
+                lambda x, angles: self._compute(x, None, past_key_values, angles),
+                hidden_states,
+                past_key_values,
+                position_embeddings,
+            )
+            if output is not None:
+                return output
+        return self._compute(hidden_states, attention_mask, past_key_values, position_embeddings)
+
+    def _compute(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        position_embeddings: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Do what `forward` says, op by op."""
         ops, geometry, dtype = backend_ops(self.backend), self.geometry, hidden_states.dtype
         linears, codes, eps = self._fused_linears, self._codes, geometry.norm_eps
 

@@ -202,6 +202,8 @@ OPS = tuple(_FAKES)
 """Every op of the library."""
 
 _load()
+Tape = importlib.import_module("quarot._C").Tape
+"""Kernel calls on the CPU, to make again (csrc/ops/tape.h)."""
 _fallbacks = torch.library.Library("quarot", "IMPL")
 for _op, _fake in _FAKES.items():
     torch.library.register_fake(f"quarot::{_op}")(_fake)
