@@ -174,6 +174,7 @@ def test_divisions_of_the_work(device, m, n, k, residual_dtype):
         (12, 4096, 4608),
         (40, 2056, 3072),  # several tiles for some blocks
         (130, 9000, 768),
+        (300, 1032, 1344),  # 21 groups of 64
         (1000, 4104, 2304),
         (2100, 2048, 1536),
     ],
