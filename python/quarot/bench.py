@@ -179,9 +179,8 @@ def _decode(model: Any, form: str, batch: int, context: int) -> dict[str, Any]:
         )
         call: Any = model
         if form == COMPILED:
-            if (batch, context) != (1, PROMPT):  # `generate` may have compiled that one
-                torch._dynamo.reset()
-                vars(model).pop("_compiled_call", None)
+            torch._dynamo.reset()
+            vars(model).pop("_compiled_call", None)
             call = model.get_compiled_call(CompileConfig())
         ms = _milliseconds(lambda: call(**inputs, return_dict=True), device, STEPS)
     return {"ms": ms, **peak}

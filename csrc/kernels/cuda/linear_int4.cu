@@ -82,7 +82,8 @@ constexpr int64_t kPrefillTokens = 17;
 constexpr int64_t kGroupedTokens = 9, kManyGroupedTokens = 17;
 
 // Measured on an H200 (benchmarks/bench_linear_int4.py). Few channels: small blocks, so that all
-// processors have some.
+// processors have some. 6336 and 29568 are 48 and 224 channels for each of 132 processors: 6144 x
+// 4096 and 28672 x 4096 take 4.4 and 14.7 us in a decode step, instead of 6.2 and 17.2.
 constexpr Choice kPerChannel[] = {
     choice<MmaConfig<2, 1, 1, 8, 2, 4, 2>>(8, 4096),
     choice<MmaConfig<4, 1, 1, 16, 1, 4, 1>>(8, 5120),
