@@ -37,6 +37,7 @@ from quarot.config import QuarotConfig
 from quarot.models import Architecture, Geometry, describe
 from quarot.modules.canonical import DTYPES
 from quarot.modules.decoder_layer import DecoderLayer
+from quarot.modules.head import on_rows
 from quarot.modules.linear import QuantizedLinear, backend_ops
 from quarot.modules.rotary import keep_float32
 
@@ -225,6 +226,7 @@ def adopt(model: Any, config: QuarotConfig) -> Any:
     model.config.hidden_act = model.config.hidden_act.removesuffix(MARKER) + MARKER
     arch = describe(model.config)
     keep_float32(model.get_submodule(arch.rotary))
+    on_rows(model.get_submodule(arch.head))
     decoder = model.get_submodule(arch.decoder)
     for module in (model, decoder):
         module._no_split_modules = {*(module._no_split_modules or ()), DecoderLayer.__name__}
