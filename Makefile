@@ -47,8 +47,8 @@ demo: .venv/built .venv/model
 test: .venv/built .venv/model
 	HF_HUB_OFFLINE=1 $(PY) -m pytest tests
 
-bench: .venv/built
-	$(PY) -m pytest -q -s benchmarks
+bench: .venv/built .venv/model
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -s benchmarks
 
 lint: .venv/built .venv/lint
 	$(PY) -m ruff check .

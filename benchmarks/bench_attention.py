@@ -20,16 +20,22 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import COLD_BYTES, DEVICES, Case, check_error, measure
+from common import COLD_BYTES, DEVICES, MIN_SECONDS, Case, check_error, measure
 from quarot import ops
 from quarot.ops import reference
+
+# Of each timed thing: hundreds of replays. A case has four of them, and there are 30 cases.
+SECONDS = 0.1
 
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A call: `ragged` lengths are spread evenly from a sixteenth of the context to all of it."""
+    """A call: `ragged` lengths are spread evenly from a sixteenth of the context to all of it.
+
+    `capacity`: the cache's, where it is more than the context, as in a decode step.
+    """
 
     batch: int
     context: int
@@ -39,12 +45,14 @@ class Shape:
     bits: int = 4
     dim: int = 128
     ragged: bool = False
+    capacity: int = 0
 
     def __str__(self) -> str:
         parts = [f"B{self.batch} {self.heads}/{self.kv_heads} ctx {self.context}"]
         parts += [f"S{self.queries}"] * (self.queries > 1)
         parts += [f"int{self.bits}"] * (self.bits != 4) + [f"D{self.dim}"] * (self.dim != 128)
-        return " ".join(parts + ["ragged"] * self.ragged)
+        parts += [f"of {self.capacity}"] * (self.capacity > 0) + ["ragged"] * self.ragged
+        return " ".join(parts)
 
     @property
     def scale(self) -> float:
@@ -58,6 +66,7 @@ class Shape:
 SHAPES = {
     "cuda": [
         *(Shape(1, context) for context in (1024, 2048, 8192, 32768, 131072)),
+        *(Shape(1, 2048, capacity=capacity) for capacity in (4096, 32768)),
         *(Shape(16, context) for context in (4096, 8192, 32768)),
         Shape(64, 8192),
         Shape(40, 4096),
@@ -82,7 +91,7 @@ Cache = tuple[Tensor, ...]
 
 def make(shape: Shape, device: str) -> tuple[Tensor, Cache]:
     """Return queries bf16 [B, S, H, D] and a random cache."""
-    rows = (shape.batch, shape.kv_heads, shape.context)
+    rows = (shape.batch, shape.kv_heads, max(shape.capacity, shape.context))
 
     def half() -> Cache:
         codes = (*rows, shape.dim * shape.bits // 8)
@@ -97,7 +106,7 @@ def make(shape: Shape, device: str) -> tuple[Tensor, Cache]:
 
 
 def attend(shape: Shape, q: Tensor, cache: Cache, lengths: Tensor) -> Tensor:
-    length = None if shape.ragged else shape.context
+    length = None if shape.ragged or shape.capacity else shape.context
     return ops.attention(q, *cache, lengths, bits=shape.bits, scale=shape.scale, length=length)
 
 
@@ -195,6 +204,7 @@ def test_decode(report: Callable[[str, Case], None], device: str, shape: Shape) 
         device=device,
         moved=count * cache_bytes(shape, int(lengths.sum())),
         baselines=peers(shape, device, count),
+        seconds=SECONDS if device == "cuda" else MIN_SECONDS,
     )
     report(device, dataclasses.replace(case, us=case.us / count))
 
@@ -216,5 +226,6 @@ def test_prefill(report: Callable[[str, Case], None], device: str, shape: Shape)
         device=device,
         moved=2 * q.nbytes + cache_bytes(shape, shape.batch * shape.context),
         baselines=peers(shape, device, 1),
+        seconds=SECONDS,
     )
     report(device, case)

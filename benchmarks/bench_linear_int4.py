@@ -7,6 +7,8 @@ with the rate of one large copy, reads and writes counted: a copy of a small mat
 time that its launch takes, and no bound.
 
     python -m pytest -s benchmarks/bench_linear_int4.py      (make bench runs all)
+
+What the kernel for many tokens plans with, plan_linear_int4.cu measures beside this.
 """
 
 from __future__ import annotations

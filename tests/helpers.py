@@ -193,11 +193,10 @@ def paged(cache: KvCache, size: int, lengths: Tensor) -> tuple[KvCache, Tensor]:
 
 
 def cache_values(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Decode one half of a cache in float64 on the CPU, [batch, kv_heads, capacity, dim]."""
-    codes = codes.cpu().long()
+    """Decode one half of a cache in float64, where it is: [batch, kv_heads, capacity, dim]."""
     if bits == 4:
-        codes = torch.stack((codes % 16, codes // 16), dim=-1).flatten(-2)
-    return scale.cpu().double()[..., None] * (codes - zero.cpu().long()[..., None])
+        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+    return scale.double()[..., None] * (codes.double() - zero.double()[..., None])
 
 
 def dense_hadamard(size: int) -> Tensor:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import quarot
 from helpers import tiny_model
-from quarot import bench, cli, data, eval, shapes
+from quarot import bench, cli, data, demo, eval, shapes
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -317,7 +317,7 @@ def test_demo_shows_four_forms_and_their_answers(run: Run, folder: str) -> None:
     assert code == 0
     for preset in ("unquantized", "W4A4KV4-rtn", "W4A4KV4", "W4A8KV4"):
         assert preset in out
-    assert out.count(cli.DEMO_QUESTION) == 1
+    assert out.count(demo.QUESTION) == 1
     assert "2 windows of 32 tokens" in " ".join(out.split())
 
 
@@ -339,7 +339,7 @@ def test_demo_shows_four_forms_and_their_answers(run: Run, folder: str) -> None:
         (["frobnicate"], 2, "frobnicate"),
         (["generate", "{model}"], 2, "--prompt"),
         (["eval", "{model}", "--text", "{text}", "--windows", "999"], 1, "windows: got a text of"),
-        (["eval", "no such folder/model.gguf"], 1, "there is no file"),
+        (["eval", "no such folder/model.gguf"], 2, "there is no file no such folder/model.gguf"),
         (["eval", "./no-such-folder"], 2, "there is no file or folder ./no-such-folder"),
         (["eval", "{model}", "--reference", "/no/such"], 2, "there is no file or folder /no/such"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 import weakref
 
 import pytest
@@ -327,7 +328,7 @@ def test_failure_half_way_makes_the_model_unusable(monkeypatch, tmp_path, failur
         "convert": lambda m: convert(m),
     }
     for use in uses.values():
-        for broken in (model, copy.deepcopy(model)):
+        for broken in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             with pytest.raises(
                 (RuntimeError, ValueError), match="unusable.*" + type(failure).__name__
             ):

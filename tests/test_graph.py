@@ -10,16 +10,18 @@ import copy
 import gc
 import inspect
 import logging
+import pickle
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+from transformers.generation.streamers import BaseStreamer
 
 import quarot
 from helpers import NO_CUDA, tiny_model
@@ -28,6 +30,7 @@ from quarot.cache import Lengths, QuantizedLayer
 
 CUDA = torch.device("cuda")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_CUDA)
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 PROMPT, NEW = 60, 12
 
 
@@ -91,9 +94,23 @@ def test_the_class_stays_what_it_was_for_others() -> None:
     assert inspect.signature(model.forward) == inspect.signature(tiny_model().forward)
     assert type(model) is type(quarot.convert(tiny_model(seed=1), "W4A4KV4", progress=False))
     assert "quarot_graph" not in vars(model)
-    twin = copy.deepcopy(model)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+)
+def test_copies_are_models_of_their_own(copied: Callable[[Any], Any]) -> None:
+    model = quarot.convert(tiny_model(), "W4A4KV4", progress=False)
+    twin = copied(copied(model))
     ids = torch.tensor([[5, 6, 7]])
-    assert torch.equal(twin(ids).logits, model(ids).logits)
+    expected = model(ids).logits
+    assert type(twin) is type(model)
+    assert type(twin.model.rotary_emb) is type(model.model.rotary_emb)
+    assert torch.equal(twin(ids).logits, expected)
+    twin.quarot_graph = False
+    twin.lm_head.weight.data.zero_()
+    assert model.quarot_graph and torch.equal(model(ids).logits, expected)
+    assert not twin(ids).logits.any()
 
 
 # --- the same as eager decode -------------------------------------------------------------------
@@ -121,12 +138,46 @@ def test_replay_equals_eager(preset: str, head_dim: int) -> None:
 
 
 @needs_cuda
+@torch.no_grad()
 def test_masks_of_ones_and_positions_need_no_other_graph(model: Any) -> None:
     ids, cache = prompt(2), StaticCache(model.config, max_cache_len=100)
     expected = decode(model, cache, ids)
     cache.reset()
     assert torch.equal(decode(model, cache, ids, mask=torch.ones_like(ids)), expected)
+    cache.reset()
+    positions = torch.arange(PROMPT, device=CUDA)[None]
+    for step in range(NEW + 1):
+        logits = model(ids, past_key_values=cache, position_ids=positions).logits[:, -1]
+        assert torch.equal(logits, expected[:, step])
+        ids, positions = logits.argmax(-1, keepdim=True), positions[:, -1:] + 1
     assert graphs(model) == 1
+    # It is the positions given that count.
+    results = []
+    for model.quarot_graph in (True, False):
+        for given in (positions, positions + 5, torch.cat((positions, positions + 7))):
+            results.append(model(ids, past_key_values=cache, position_ids=given).logits)
+            cache.crop(-1)
+    assert all(torch.equal(a, b) for a, b in zip(results[:3], results[3:], strict=True))
+    assert not torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+@needs_cuda
+@torch.no_grad()
+def test_a_short_mask_of_ones_hides_what_is_beyond_it(model: Any) -> None:
+    cache = StaticCache(model.config, max_cache_len=100)
+    ids = decode(model, cache, prompt(2))[:, -1].argmax(-1, keepdim=True)
+    logits = {}
+    for keys in (20, PROMPT + NEW + 1, 90):
+        mask = torch.ones(2, keys, dtype=torch.int64, device=CUDA)
+        for replayed in (True, False):
+            model.quarot_graph = replayed
+            for _ in range(3 if replayed else 1):  # eager, captured, replayed
+                logits[keys, replayed] = model(
+                    ids, past_key_values=cache, attention_mask=mask
+                ).logits
+                cache.crop(-1)
+        assert torch.equal(logits[keys, True], logits[keys, False])
+    assert not torch.equal(logits[20, True], logits[90, True])
 
 
 @needs_cuda
@@ -261,6 +312,27 @@ def test_on_another_stream(model: Any) -> None:
 # --- what is not a plain step -------------------------------------------------------------------
 
 
+@needs_two
+def test_on_the_second_device(model: Any) -> None:
+    expected = decode(model, DynamicCache(), prompt(2))
+    other = copy.deepcopy(model).to("cuda:1")
+    assert torch.cuda.current_device() == 0
+    got = decode(other, DynamicCache(), prompt(2).to("cuda:1"))
+    assert graphs(other) > 0
+    assert torch.equal(got.to(CUDA), expected)
+
+
+@needs_two
+def test_a_model_split_over_devices_runs_eagerly(model: Any, tmp_path: Path) -> None:
+    expected = decode(model, DynamicCache(), prompt(2))
+    model.save_pretrained(tmp_path)
+    first, second = ("model.embed_tokens", "model.layers.0"), ("model.layers.1", "model.norm")
+    places = dict.fromkeys(first, 0) | dict.fromkeys((*second, "lm_head"), 1)
+    split = quarot.load(tmp_path, device_map={**places, "model.rotary_emb": 0})
+    assert torch.equal(decode(split, DynamicCache(), prompt(2)).to(CUDA), expected)
+    assert graphs(split) == 0
+
+
 @needs_cuda
 @torch.no_grad()
 def test_other_requests_run_eagerly(model: Any) -> None:
@@ -359,6 +431,87 @@ def test_weights_that_moved(model: Any) -> None:
     assert torch.equal(changed, eagerly(model, DynamicCache(), prompt()))
 
 
+def _other_norm(model: Any) -> Any:
+    norm = copy.deepcopy(model.model.norm)
+    norm.weight.data *= torch.linspace(-1, 1, len(norm.weight), device=norm.weight.device)
+    return norm
+
+
+def _other_linear(model: Any) -> nn.Linear:
+    weight = model.lm_head.weight
+    linear = nn.Linear(*weight.T.shape, bias=False, device=weight.device, dtype=weight.dtype)
+    linear.weight = nn.Parameter(-weight, requires_grad=False)
+    return linear
+
+
+def _other_embedding(model: Any) -> nn.Embedding:
+    weight = model.model.embed_tokens.weight
+    return nn.Embedding.from_pretrained(weight.flip(0).contiguous())
+
+
+def _patch(module: Any) -> None:
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: -forward(*args, **kwargs)
+
+
+def _other_config(model: Any) -> None:
+    model.config = copy.deepcopy(model.config)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "head": lambda m: setattr(m, "lm_head", _other_linear(m)),
+    "set_output_embeddings": lambda m: m.set_output_embeddings(_other_linear(m)),
+    "set_input_embeddings": lambda m: m.set_input_embeddings(_other_embedding(m)),
+    "norm": lambda m: setattr(m.model, "norm", _other_norm(m)),
+    "rotary": lambda m: setattr(m.model, "rotary_emb", copy.deepcopy(m.model.rotary_emb)),
+    "decoder": lambda m: setattr(m, "model", copy.deepcopy(m.model)),
+    "layers": lambda m: setattr(m.model, "layers", nn.ModuleList(reversed(m.model.layers))),
+    "a layer": lambda m: m.model.layers.__setitem__(0, copy.deepcopy(m.model.layers[0])),
+    "a layer's norm": lambda m: setattr(
+        m.model.layers[0].input_layernorm,
+        "weight",
+        nn.Parameter(-m.model.layers[0].input_layernorm.weight, requires_grad=False),
+    ),
+    "a norm's dtype": lambda m: m.model.layers[1].post_attention_layernorm.float(),
+    "a layer's scales": lambda m: setattr(
+        m.model.layers[0].kernels["o"], "weight_scale", -m.model.layers[0].kernels["o"].weight_scale
+    ),
+    "a layer's forward": lambda m: _patch(m.model.layers[1]),
+    "a linear's forward": lambda m: _patch(m.model.layers[0].kernels["down"]),
+    "the norm's forward": lambda m: _patch(m.model.norm),
+    "config": _other_config,
+}
+"""What a graph must notice; most of it changes logits."""
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_noticed(change: str) -> None:
+    model = quarot.convert(tiny_model(), "W4A4KV4", progress=False)
+    recorder = graph._Recorder(model)
+    model(torch.tensor([[5, 6, 7]]), past_key_values=DynamicCache())
+    assert not recorder.outdated(model)
+    CHANGES[change](model)
+    assert recorder.outdated(model)
+    assert not graph._Recorder(model).outdated(model)
+
+
+@needs_cuda
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_change_comes_into_effect(model: Any, change: str) -> None:
+    model = copy.deepcopy(model)
+    cache = StaticCache(model.config, max_cache_len=100)
+    before = decode(model, cache, prompt())
+    assert graphs(model)
+    CHANGES[change](model)
+    cache.reset()
+    after = decode(model, cache, prompt())
+    cache.reset()
+    assert torch.equal(after, eagerly(model, cache, prompt()))
+    same = change in ("rotary", "decoder", "a layer", "a norm's dtype", "config")
+    assert torch.equal(before, after) == same
+
+
 # --- failures -----------------------------------------------------------------------------------
 
 
@@ -420,6 +573,32 @@ def test_out_of_memory_leaves_the_model_usable(model: Any) -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert torch.equal(decode(model, DynamicCache(), prompt()), expected)
+
+
+@needs_cuda
+@pytest.mark.parametrize("loop", [{}, {"custom_generate": quarot.generate}])
+def test_a_streamer_that_raises_leaves_the_model_usable(model: Any, loop: dict[str, Any]) -> None:
+    """Our own loop has started the next step by then, and takes it back."""
+
+    class Cancel(BaseStreamer):
+        given = 0
+
+        def put(self, tokens: Tensor) -> None:
+            self.given += 1
+            if self.given == 5:
+                raise InterruptedError
+
+        def end(self) -> None: ...
+
+    def text(ids: Tensor, new: int, **options: Any) -> Tensor:
+        return model.generate(ids, max_new_tokens=new, min_new_tokens=new, **options)
+
+    expected, cache = text(prompt(), NEW, **loop), DynamicCache()
+    with pytest.raises(InterruptedError):
+        text(prompt(), NEW, past_key_values=cache, streamer=Cancel(), **loop)
+    assert cache.get_seq_length() == PROMPT + 3 and graphs(model) > 0
+    seen = expected[:, : PROMPT + 4]
+    assert torch.equal(text(seen, NEW - 4, past_key_values=cache, **loop), expected)
 
 
 def resident_bytes() -> int:

@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -389,6 +390,14 @@ def test_load_wants_a_quarot_checkpoint(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="needs a quarot checkpoint"):
         quarot.load(tmp_path)
+
+
+@pytest.mark.parametrize("load", [quarot.load, quarot.load_model])
+@pytest.mark.parametrize("path", ["/no/such/dir", "./no-such-dir", "~/no-such-dir", Path("no dir")])
+def test_a_path_that_is_missing_is_named(load, path):
+    name = {quarot.load: "path", quarot.load_model: "model"}[load]
+    with pytest.raises(FileNotFoundError, match=f"^{name}: there is no file or folder {path}$"):
+        load(path)
 
 
 def test_load_model_names_what_is_missing(tmp_path, monkeypatch):

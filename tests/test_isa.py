@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import paged, random_cache
 from quarot import ops
 
 _C = pytest.importorskip("quarot._C", reason="the library is not built")
@@ -93,7 +94,9 @@ def results() -> Iterator[tuple[str, Tensor | None]]:
             )
     yield from linear(randn, generator)
     for bits in (4, 8):
-        yield from cached_attention(bits, randn)
+        for dim in (8, 24, 64, 80, 96, 128, 256):
+            yield from appended(bits, dim, randn)
+            yield from attention(bits, dim, randn)
 
 
 def linear(
@@ -134,45 +137,61 @@ def linear(
         )
 
 
-def cached_attention(bits: int, randn: Callable[..., Tensor]) -> Iterator[tuple[str, Tensor]]:
-    batch, heads, kv_heads, dim, capacity = 2, 4, 2, 64, 40
-
-    def empty() -> tuple[Tensor, Tensor, Tensor]:
-        return (
-            torch.zeros(batch, kv_heads, capacity, dim * bits // 8, dtype=torch.uint8),
-            torch.zeros(batch, kv_heads, capacity, dtype=torch.float16),
-            torch.zeros(batch, kv_heads, capacity, dtype=torch.uint8),
-        )
-
-    k_cache, v_cache = empty(), empty()
+def appended(bits: int, dim: int, randn: Callable[..., Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """A prompt and a token more, of heads that R3 transforms."""
+    batch, heads, kv_heads, capacity = 2, 4, 2, 32
+    torch.manual_seed(dim)
+    cache = random_cache(batch, kv_heads, capacity, dim, bits, torch.device("cpu"))
     start = 0
-    for tokens in (21, 1):
-        q = randn(batch, tokens, heads, dim)
-        k, v = randn(batch, tokens, kv_heads, dim), randn(batch, tokens, kv_heads, dim)
+    for tokens, dtype in ((21, torch.float32), (1, torch.bfloat16), (3, torch.float16)):
+        q = randn(batch, tokens, heads, dim, dtype=dtype)
+        k, v = (randn(batch, tokens, kv_heads, dim, dtype=dtype) for _ in range(2))
         angle = randn(batch, tokens, dim // 2).repeat(1, 1, 2)
         q = ops.rope_hadamard_kv_append(
-            q, k, v, angle.cos(), angle.sin(), *k_cache, *v_cache,
-            torch.full((batch,), start, dtype=torch.int32), bits=bits, size=dim,
+            q, k, v, angle.cos(), angle.sin(), *cache,
+            torch.full((batch,), start, dtype=torch.int32), bits=bits, size=None,
         )  # fmt: skip
         start += tokens
-        yield f"rope {bits} {tokens}", q
-        yield (
-            f"attention {bits} {tokens}",
-            ops.attention(
-                q, *k_cache, *v_cache, torch.full((batch,), start, dtype=torch.int32),
-                bits=bits, scale=dim**-0.5,
-            ),
-        )  # fmt: skip
-    for i, tensor in enumerate((*k_cache, *v_cache)):
-        yield f"cache {bits} {i}", tensor
+        yield f"rope {bits} {dim} {tokens}", q
+    for i, tensor in enumerate(cache):
+        yield f"cache {bits} {dim} {i}", tensor
+
+
+def attention(bits: int, dim: int, randn: Callable[..., Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Decode, also so long that keys are split, a few tokens, and a prompt of several blocks."""
+    heads, kv_heads, capacity = 4, 2, 1200
+    torch.manual_seed(dim)
+    cache = random_cache(2, kv_heads, capacity, dim, bits, torch.device("cpu"))
+    cache[1][0, 0, 7] = torch.nan
+    for seq, longest, dtype in (
+        (1, 1190, torch.float32),
+        (1, 70, torch.bfloat16),
+        (4, 90, torch.float32),
+        (40, 130, torch.float16),
+    ):
+        lengths = torch.tensor([longest, 33], dtype=torch.int32)
+        q = randn(2, seq, heads, dim, dtype=dtype)
+        mask = randn(2, 1, seq, longest) > -0.5
+        blocks, table = paged(cache, 16, lengths)
+        for name, held, options in (
+            ("plain", cache, {}),
+            ("mask", cache, {"mask": mask}),
+            ("mask a head", cache, {"mask": randn(2, heads, seq, longest) > -0.5}),
+            ("window", cache, {"window": 19}),
+            ("paged", blocks, {"block_table": table, "mask": mask}),
+            ("paged window", blocks, {"block_table": table, "window": 600}),
+        ):
+            yield (
+                f"attention {bits} {dim} {seq} {longest} {name}",
+                ops.attention(q, *held, lengths, bits=bits, scale=dim**-0.5, **options),
+            )
     # A prompt of bf16 queries: torch's attention, where the processor has tiles.
-    q = randn(batch, capacity, heads, dim, dtype=torch.bfloat16)
-    scales = (randn(batch, kv_heads, capacity).abs() + 0.5).half()
-    prompt = [t if t.dtype != torch.float16 else scales for t in (*k_cache, *v_cache)]
-    lengths = torch.full((batch,), capacity, dtype=torch.int32)
+    q = randn(2, 128, heads, dim, dtype=torch.bfloat16)
+    lengths = torch.full((2,), 128, dtype=torch.int32)
+    cache = random_cache(2, kv_heads, 128, dim, bits, torch.device("cpu"))
     yield (
-        f"attention {bits} prompt",
-        ops.attention(q, *prompt, lengths, bits=bits, scale=0.01, length=capacity),
+        f"attention {bits} {dim} prompt",
+        ops.attention(q, *cache, lengths, bits=bits, scale=0.01, length=128),
     )
 
 

@@ -25,23 +25,22 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "modules": ("modules", "cache", "config", "hadamard", "ops", "quantize.grid", "models.base"),
     "cache": ("modules", "config", "hadamard", "ops", "quantize.grid", "models.base"),
     "rotate": ("config", "hadamard", "models.base"),
-    "calibrate": ("data", "modules", "models.base"),
-    "learn": ("rotate", "quantize", "modules", "models.base", "data", "config"),
     "generate": ("cache",),
     "graph": ("models", "modules", "cache", "generate"),
     "hf": ("config", "models", "modules", "cache", "ops", "graph"),
     "convert": (
         "config", "hadamard", "data", "ops", "quantize", "models", "modules", "cache", "rotate",
-        "calibrate", "learn", "hf",
+        "hf",
     ),
     "shapes": ("config", "models", "modules", "hf", "convert"),
     "bench": ("models", "modules", "cache", "generate", "shapes"),
     "eval": ("data",),
+    "demo": ("convert", "eval", "hf"),
     "cli": ("",),
     "__main__": ("cli",),
     "__init__": (
         "config", "hadamard", "data", "ops", "quantize", "models", "modules", "cache", "rotate",
-        "calibrate", "learn", "generate", "hf", "convert", "eval", "_C",
+        "generate", "hf", "convert", "eval", "_C",
     ),
 }  # fmt: skip
 

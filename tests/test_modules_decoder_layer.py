@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, StaticCache
 
-from helpers import MODEL_SHAPES, NO_CUDA, tiny_model
+from helpers import MODEL_SHAPES, NO_CUDA, cache_values, tiny_model
 from quarot import hadamard, rotate
 from quarot.config import QuarotConfig
 from quarot.convert import quantize_layer
@@ -218,10 +218,7 @@ def attention64(qkv: Tensor, append: tuple, case: Case) -> Tensor:
     q = hadamard.transform(q, case.ours.r3_size).transpose(1, 2)
 
     def stored(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        codes, scale, zero = (t[:, :, :TOKENS] for t in (codes, scale, zero))
-        if case.config.kv_bits == 4:
-            codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
-        values = (codes.double() - zero.double()[..., None]) * scale.double()[..., None]
+        values = cache_values(codes, scale, zero, case.config.kv_bits)[:, :, :TOKENS]
         return values.repeat_interleave(g.heads // g.kv_heads, dim=1)
 
     keys, values = stored(*buffers[:3]), stored(*buffers[3:])

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from quarot.modules.head import Head, on_rows
+from quarot.modules.head import Head, take_over
 
 
 def head(bias=False):
     linear = nn.Linear(24, 50, bias=bias)
-    on_rows(linear)
+    take_over(linear)
     return linear
 
 
@@ -40,5 +40,5 @@ def test_it_survives_copies_and_leaves_others_alone():
     for module in (copy.deepcopy(head()), pickle.loads(pickle.dumps(head()))):
         assert type(module) is Head
     other = nn.Identity()
-    on_rows(other)
+    take_over(other)
     assert type(other) is nn.Identity

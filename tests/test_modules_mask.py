@@ -8,6 +8,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask
 
+import quarot
 from helpers import tiny_model
 from quarot.modules import mask as masks
 
@@ -99,6 +100,12 @@ def test_kernel_mask_of_one_row_serves_every_row() -> None:
 )
 def test_known_masks_pass(mask) -> None:
     assert masks.check_mask(mask) is mask
+
+
+def test_a_model_names_the_mask_it_was_given() -> None:
+    model = quarot.convert(tiny_model(), "W4A4KV4", progress=False)
+    with pytest.raises(ValueError, match=r"attention_mask: got torch.int64 of shape \(1, 3, 3\)"):
+        model(torch.tensor([[5, 6, 7]]), attention_mask=torch.ones(1, 3, 3, dtype=torch.int64))
 
 
 def test_other_masks_are_refused() -> None:

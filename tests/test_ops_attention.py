@@ -33,16 +33,9 @@ def ints(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-def dequantized(codes, scale, zero, bits):
-    """`cache_values` on the cache's own device."""
-    if bits == 4:
-        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
-    return scale.double()[..., None] * (codes.double() - zero.double()[..., None])
-
-
 def in_float64(q, cache: KvCache, lengths, mask, bits, scale, window=None):
     """The formula, one query at a time, over the keys that it sees."""
-    keys, values = cache_values(*cache[:3], bits), cache_values(*cache[3:], bits)
+    keys, values = (cache_values(*(x.cpu() for x in half), bits) for half in (cache[:3], cache[3:]))
     batch, seq, heads, _ = q.shape
     group = heads // keys.shape[1]
     out = torch.zeros(q.shape, dtype=torch.float64)
@@ -75,7 +68,7 @@ def all_at_once(q, cache: KvCache, lengths, bits, scale, mask=None, window=None)
     """The same for all queries together, on q's device, fast enough for many keys."""
     group = q.shape[2] // cache[0].shape[1]
     keys, values = (
-        dequantized(*(x.to(q.device) for x in half), bits).repeat_interleave(group, 1)
+        cache_values(*(x.to(q.device) for x in half), bits).repeat_interleave(group, 1)
         for half in (cache[:3], cache[3:])
     )
     scores = torch.einsum("bshd,bhjd->bhsj", q.double(), keys) * scale
@@ -88,7 +81,7 @@ def torch_attention(q, cache: KvCache, lengths, bits, scale, mask=None, window=N
     """torch's own attention in q's dtype, on the cache dequantized to it."""
     group = q.shape[2] // cache[0].shape[1]
     keys, values = (
-        dequantized(*(x.to(q.device) for x in half), bits).to(q.dtype).repeat_interleave(group, 1)
+        cache_values(*(x.to(q.device) for x in half), bits).to(q.dtype).repeat_interleave(group, 1)
         for half in (cache[:3], cache[3:])
     )
     seen = seen_keys(q.shape, keys.shape[2], lengths, mask, window).expand(-1, q.shape[2], -1, -1)
@@ -310,6 +303,33 @@ def test_refuses_blocks_that_there_are_not(module, block):
         attend(module, CPU, q, cache, ints(32, 17), bits=4, block_table=table)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize(("seq", "window"), [(1, 16), (1, 17), (6, 43), (40, 9), (1, 100)])
+@pytest.mark.parametrize("module", [ops, reference], ids=["op", "reference"])
+def test_blocks_before_every_window_may_be_gone(module, device, seq, window, dim, bits):
+    lengths, size = ints(48, 331, 0, 200), 16
+    q = torch.randn(4, seq, 4, dim)
+    blocks, table = paged(random_cache(4, 2, 336, dim, bits, CPU), size, lengths)
+    # Block 0, which may stand in for those that are gone, belongs to nobody and holds NaN.
+    blocks = tuple(torch.cat((x[:1], x)) for x in blocks)
+    blocks[1][0] = blocks[4][0] = torch.nan
+    table = torch.where(table < 0, table, table + 1)
+    options = {"bits": bits, "window": window}
+    expected = attend(module, device, q, blocks, lengths, **options, block_table=table)
+    assert expected.isfinite().all()
+    first = (lengths - seq + 1 - window).clamp(min=0)
+    freed = table.clone()
+    for b, block in enumerate((first // size).tolist()):
+        freed[b, :block] = torch.tensor([-1, 2**31 - 1, len(blocks[0])])[torch.arange(block) % 3]
+    got = attend(module, device, q, blocks, lengths, **options, block_table=freed)
+    assert torch.equal(got, expected)
+    if device.type == "cpu" and first[1] >= size:
+        freed[1, first[1] // size] = -1
+        with pytest.raises(RuntimeError, match=rf"block_table\[1, {first[1] // size}\]"):
+            attend(module, device, q, blocks, lengths, **options, block_table=freed)
+
+
 @both_modules
 @pytest.mark.parametrize(
     ("table", "size", "message"),
@@ -515,6 +535,30 @@ def test_cuda_accuracy(seq, heads, kv_heads, dim, bits, dtype, masked):
     assert not actual.transpose(1, 2)[~seen].any()
     again = ops.attention(q, *cache, lengths, mask, bits=bits, scale=dim**-0.5)
     assert torch.equal(actual, again)
+
+
+@on_cuda
+@pytest.mark.parametrize("capacity", [70, 2100, 20000])
+@pytest.mark.parametrize("seq", [1, 3, 8])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "bits", "dtype", "masked"), CASES)
+def test_cuda_one_sequence(heads, kv_heads, dim, bits, dtype, masked, seq, capacity):
+    """Any text in a cache of any size; what lies beyond it has no effect; and the length is written
+    just before."""
+    q, cache = on_gpu(1, seq, heads, kv_heads, dim, capacity, bits, dtype)
+    mask = random_mask(masked, 1, heads, seq, capacity)
+    lengths = ints(capacity).to(CUDA)
+    settings = {"bits": bits, "scale": dim**-0.5}
+    for length in sorted({capacity, capacity - 1, capacity // 3, 65, 2, 0}, reverse=True):
+        for scale in (cache[1], cache[4]):
+            scale[:, :, length:] = torch.nan
+        lengths.fill_(length)
+        actual = ops.attention(q, *cache, lengths, mask, **settings)
+        kept = [torch.nan_to_num(part) if part.is_floating_point() else part for part in cache]
+        exact = all_at_once(q, kept, lengths, bits, dim**-0.5, mask)
+        in_torch = torch_attention(q, kept, lengths, bits, dim**-0.5, mask)
+        assert_accurate(actual, in_torch, exact)
+        seen = seen_keys(q.shape, capacity, lengths, mask).any(-1).expand(-1, heads, -1)
+        assert not actual.transpose(1, 2)[~seen].any()
 
 
 @on_cuda

@@ -128,14 +128,26 @@ def test_non_finite_values_stay_in_their_block(device):
         (torch.zeros(2, 64, dtype=torch.float64), None, {}, "x.*float64"),
         (torch.zeros(2, 64, dtype=torch.int32), None, {}, "x.*int32"),
         (torch.zeros(()), 1, {}, "x.*dimension"),
+        ([1.0], None, {}, "'?x'?.*list"),
+        ([1.0], 12, {}, "'?x'?.*list"),
         (torch.zeros(2, 64), 128, {}, "size.*128"),
         (torch.zeros(2, 64), 24, {}, "size.*24"),
         (torch.zeros(2, 64), 0, {}, "size.*0"),
         (torch.zeros(2, 64), -4, {}, "size.*-4"),
         (torch.zeros(2, 92), 92, {}, "size.*92"),
         (torch.zeros(2, 48), 48, {"factor": torch.ones(12, 12)}, "factor.*int8"),
-        (torch.zeros(2, 48), 48, {"factor": torch.ones(12, 10, dtype=torch.int8)}, "factor"),
-        (torch.zeros(2, 48), 48, {"factor": torch.ones(20, 20, dtype=torch.int8)}, "factor|size"),
+        (
+            torch.zeros(2, 48),
+            48,
+            {"factor": torch.ones(12, 10, dtype=torch.int8)},
+            "factor.*square",
+        ),
+        (
+            torch.zeros(2, 48),
+            48,
+            {"factor": torch.ones(20, 20, dtype=torch.int8)},
+            "size.*20.*factor|size.*factor.*20.*48",
+        ),
     ],
 )
 def test_refusals_name_the_argument(module, x, size, options, message):
@@ -227,11 +239,15 @@ MODELS = [96, 576, 1536, 5120, 11008, 12288, 13824, 14336, 18944, 28672, 29568]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", POWERS + MODELS)
 def test_accuracy_at_all_sizes(device, n, dtype):
+    """Rows that lie apart and rows that follow each other, few (a kernel of their own) and more."""
     size = hadamard.split(n)[0]
-    x = torch.randn(3, n + 8).to(dtype)[:, :n]
+    x = torch.randn(19, n + 8).to(dtype)[:, :n]
     exact = hadamard.transform(x.double(), size)
     in_torch = hadamard.transform(x, size)
-    assert_accurate(ops.hadamard(x.to(device), size), in_torch, exact)
+    there = x.to(device)
+    for rows in (3, 19):
+        for view in (there[:rows], there[:rows].contiguous()):
+            assert_accurate(ops.hadamard(view, size), in_torch[:rows], exact[:rows])
 
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)

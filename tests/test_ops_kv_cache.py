@@ -318,6 +318,15 @@ def test_refuses_blocks_that_there_are_not(module, block):
         append(module, "cpu", tensors, cache, starts(29, 14), **options)
     with pytest.raises(RuntimeError, match="start.*capacity.*48"):
         append(module, "cpu", tensors, cache, starts(46, 0), **options)
+    # Only the block that is written has to be there.
+    freed = torch.tensor([[-1, 2**31 - 1, 2], [-1, 1, 9]], dtype=torch.int32)
+    table = torch.tensor([[0, 3, 2], [0, 1, 3]], dtype=torch.int32)
+    wanted = append(module, "cpu", tensors, cache, starts(40, 29), bits=4, block_table=table)
+    got = append(module, "cpu", tensors, cache, starts(40, 29), bits=4, block_table=freed)
+    assert torch.equal(wanted[0], got[0])
+    assert all(torch.equal(a, b) for a, b in zip(wanted[1], got[1], strict=True))
+    with pytest.raises(RuntimeError, match=r"block_table\[0, 1\] .*between 0 and 3"):
+        append(module, "cpu", tensors, cache, starts(31, 29), bits=4, block_table=freed)
 
 
 NAMES = ["q", "k", "v", "cos", "sin"]
@@ -341,11 +350,14 @@ def good(device="cpu"):
         ({"v": torch.zeros(2, 3, 1, 32)}, "v.*shape"),
         ({"cos": torch.zeros(2, 3, 31)}, "cos.*even"),
         ({"cos": torch.zeros(2, 3, 34)}, "cos.*32"),
-        ({"cos": torch.zeros(3, 3, 32)}, "cos"),
+        ({"cos": torch.zeros(3, 3, 32)}, r"cos must .*\[3, 3, 32\]"),
         ({"cos": torch.zeros(2, 3, 32).int()}, "cos.*int32"),
         ({"sin": torch.zeros(2, 3, 30)}, "sin.*shape"),
         ({"k_codes": torch.zeros(2, 2, 8, 16)}, "k_codes.*uint8"),
-        ({"k_codes": torch.zeros(2, 2, 8, 32, dtype=torch.uint8)}, "k_codes|head_dim"),
+        (
+            {"k_codes": torch.zeros(2, 2, 8, 32, dtype=torch.uint8)},
+            "k_codes must belong .*head_dim 32.*4 bits",
+        ),
         ({"k_scale": torch.zeros(2, 2, 8)}, "k_scale.*float16"),
         ({"k_scale": torch.zeros(2, 2, 7).half()}, "k_scale.*shape"),
         ({"k_zero": torch.zeros(2, 2, 8).int()}, "k_zero.*uint8"),

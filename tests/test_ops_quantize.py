@@ -436,6 +436,31 @@ def test_fused_huge_rows(device, n):
         assert_codes_agree(actual, getattr(reference, op)(x, *arguments))
 
 
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("n", [1536, 4096, 5120, 8192, 11008, 13824, 14336, 28672, 32768])
+def test_fused_transforms_of_few_rows(device, rows, n):
+    """They have a kernel of their own."""
+    for dtype in DTYPES:
+        x = torch.randn(rows, 2 * n + 16).to(dtype)[:, : 2 * n]
+        for op, *arguments in (
+            ("hadamard_quantize", n),
+            ("glu_hadamard_quantize", "silu"),
+            ("glu_hadamard_quantize", "gelu"),
+        ):
+            for options in ({"bits": 8, "clip": 0.9}, {"bits": 4, "packed": True, "clip": 0.9}):
+                actual = getattr(ops, op)(x.to(device), *arguments, **options)
+                assert_codes_agree(actual, getattr(reference, op)(x, *arguments, **options))
+            for bits in (4, 8):  # where a zero point lies between two numbers, codes move with it
+                codes = []
+                for module, there in ((ops, x.to(device)), (reference, x)):
+                    q, scale, zero = getattr(module, op)(
+                        there, *arguments, bits=bits, symmetric=False
+                    )
+                    codes.append((q.int() - zero.view(-1, 1), scale))
+                assert_codes_agree(*codes)
+
+
 def test_given_factor_is_used(device):
     factor = hadamard.factor_matrix(12).T.contiguous().to(device)
     x = torch.randn(20, 48, device=device)
@@ -485,8 +510,8 @@ Q = torch.zeros(2, 64, dtype=torch.int8)
         (lambda f: f.quantize(X, clip=1.5), "clip.*1.5"),
         (lambda f: f.quantize(X, group=48), "group.*48"),
         (lambda f: f.quantize(X, group=-32), "group.*-32"),
-        (lambda f: f.quantize(X, 8, packed=True), "packed|bits"),
-        (lambda f: f.quantize(torch.zeros(2, 7), packed=True), "x|packed"),
+        (lambda f: f.quantize(X, 8, packed=True), "packed needs bits = 4 .* got bits = 8"),
+        (lambda f: f.quantize(torch.zeros(2, 7), packed=True), "packed needs .*even.* 7 columns"),
         (lambda f: f.dequantize(X, torch.ones(2)), "q.*float32"),
         (lambda f: f.dequantize(Q, torch.ones(3)), "scale.*3"),
         (lambda f: f.dequantize(Q, torch.ones(2, 5)), "scale.*5"),
@@ -497,8 +522,8 @@ Q = torch.zeros(2, 64, dtype=torch.int8)
         (lambda f: f.pack_int4(X), "q.*int8"),
         (lambda f: f.unpack_int4(Q), "packed.*uint8"),
         (lambda f: f.hadamard_quantize(X, 24), "size.*24"),
-        (lambda f: f.hadamard_quantize(torch.zeros(2, 188), 188), "188"),
-        (lambda f: f.head_hadamard_quantize(torch.zeros(2, 9, 64), 9), "9"),
+        (lambda f: f.hadamard_quantize(torch.zeros(2, 188), 188), "^size: got 188"),
+        (lambda f: f.head_hadamard_quantize(torch.zeros(2, 9, 64), 9), "^size: got 9[, ]"),
         (lambda f: f.hadamard_quantize(X.long()), "x.*int64"),
         (lambda f: f.rmsnorm_quantize(X, torch.ones(63)), "weight.*63"),
         (lambda f: f.rmsnorm_quantize(X, torch.ones(64).int()), "weight.*int32"),
@@ -507,6 +532,18 @@ Q = torch.zeros(2, 64, dtype=torch.int8)
         (lambda f: f.glu_hadamard_quantize(X, "silu", 64), "size.*64"),
         (lambda f: f.head_hadamard_quantize(X.view(2, 4, 16), 8), "heads.*8"),
         (lambda f: f.head_hadamard_quantize(X[0]), "x.*dimension"),
+        (lambda f: f.quantize([1.0]), "'?x'?.*list"),
+        (lambda f: f.quantize([1.0], 16), "x must be a tensor; got list"),
+        (lambda f: f.quantize(X.int(), 16), "x must be float.*int32"),
+        (lambda f: f.quantize(X, 16, group=32), "group and packed .*bits = 16"),
+        (lambda f: f.quantize(X, 16, clip=2.0), "clip.*2"),
+        (lambda f: f.hadamard_quantize(X, bits=16, packed=True), "group and packed .*bits = 16"),
+        (lambda f: f.rmsnorm_quantize(X, bits=16, group=32), "group and packed .*bits = 16"),
+        (lambda f: f.glu_hadamard_quantize(X, bits=16, clip=0.0), "clip.*0"),
+        (
+            lambda f: f.head_hadamard_quantize(X.view(2, 4, 16), bits=16, packed=True),
+            "group and packed .*bits = 16",
+        ),
     ],
 )
 def test_refusals_name_the_argument(module, call, message):

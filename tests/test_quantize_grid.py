@@ -14,8 +14,8 @@ def test_weights_move_the_optimum_to_what_matters():
     w[0, 0] = 10
     outlier, rest = torch.zeros(64), torch.ones(64)
     outlier[0], rest[0] = 1, 0
-    assert grid.weight_scales(w, weights=outlier) == 10 / torch.tensor(7.0)
-    assert grid.weight_scales(w, weights=rest) < 5 / torch.tensor(7.0)
+    assert grid.weight_scales(w, importance=outlier) == 10 / torch.tensor(7.0)
+    assert grid.weight_scales(w, importance=rest) < 5 / torch.tensor(7.0)
 
 
 def test_no_search_keeps_the_largest_weight():
@@ -78,7 +78,7 @@ def test_refuses_weights_that_are_not_finite(value, clip_search):
         (torch.zeros(4, 64, dtype=torch.int8), {}, "^w: got torch.int8"),
         (torch.zeros(4, 64), {"group": 48}, "^group: got 48 for 64"),
         (torch.zeros(4, 64), {"group": -1}, "^group: got -1"),
-        (torch.zeros(4, 64), {"weights": torch.ones(32)}, r"^weights: got \[32\].*\[64\]"),
+        (torch.zeros(4, 64), {"importance": torch.ones(32)}, r"^importance: got \[32\].*\[64\]"),
     ],
 )
 def test_refusals_name_the_argument(w, options, message):

@@ -96,8 +96,8 @@ inline constexpr int64_t kHeadDimMultiple = 8;
 
 namespace cpu {
 
-/// Throws unless the table names blocks that there are for tokens [0, tokens) of sequence b.
-void check_pages(const char* op, const Pages& pages, int64_t b, int64_t tokens);
+/// Throws unless the table names blocks that there are for tokens [begin, end) of sequence b.
+void check_pages(const char* op, const Pages& pages, int64_t b, int64_t begin, int64_t end);
 
 /// Throws before anything is written if a sequence would not fit: start[b] + seq > capacity.
 void rope_hadamard_kv_append(const KvAppendArgs& args, const Executor& executor);

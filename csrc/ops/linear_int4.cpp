@@ -96,7 +96,7 @@ Tensor linear_int4(const Tensor& x_q, const Tensor& x_scale, OptionalTensor x_ze
                  "w_scale: with packed x_q, groups must have multiples of ",
                  Device::kPackedGroupMultiple, " columns; got ", describe(w_scale));
   QUAROT_REQUIRE(!x_zero.has_value() || w_sum.has_value(), kOp,
-                 "w_sum is needed where x_zero is given");
+                 "w_sum must be int32 [n, groups] where x_zero is given; got None");
 
   const Tensor x = aligned<Device>(x_q.is_contiguous() ? x_q : dense_copy(x_q));
   const Tensor xs = require_dense(x_scale, ScalarType::Float, lead, x_q, kOp, "x_scale", "x_q");

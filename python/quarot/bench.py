@@ -60,7 +60,8 @@ class Plan:
     Args:
         shape: a key of SHAPES;  preset: of the converted model;  device: where.
         parts: of PARTS;  cases: (batch, context) of decode;  compiled: those to compile for.
-        seconds: after which no further case is begun; None = all are.
+        seconds: of measuring, models not counted, after which no further case of a form is begun;
+            None = all are.
     """
 
     shape: str
@@ -77,10 +78,10 @@ def bench_model(plan: Plan, report: Report) -> None:
 
     A result has form (OURS, EAGER, COMPILED), what, batch, context, and ms or bytes.
     """
-    start = time.perf_counter()
     for preset in (plan.preset, None):
         _free(plan.device)
         model = build(plan.shape, preset, plan.device)
+        start = time.perf_counter()
         for case, measure in _cases(model, EAGER if preset is None else OURS, plan):
             if plan.seconds is not None and time.perf_counter() - start > plan.seconds:
                 report({**case, "skipped": f"{plan.seconds:.0f} s are over"})
@@ -178,8 +179,9 @@ def _decode(model: Any, form: str, batch: int, context: int) -> dict[str, Any]:
         )
         call: Any = model
         if form == COMPILED:
-            torch._dynamo.reset()
-            vars(model).pop("_compiled_call", None)
+            if (batch, context) != (1, PROMPT):  # `generate` may have compiled that one
+                torch._dynamo.reset()
+                vars(model).pop("_compiled_call", None)
             call = model.get_compiled_call(CompileConfig())
         ms = _milliseconds(lambda: call(**inputs, return_dict=True), device, STEPS)
     return {"ms": ms, **peak}
@@ -263,17 +265,22 @@ def _milliseconds(run: Callable[[], object], device: torch.device, group: int = 
     """Return the median time of `run()`, of groups called one after the other, then waited for.
 
     A group lets the host prepare a step while the device computes the one before, as a loop does.
+    Slow runs come in smaller groups, and fewer.
     """
-    for _ in range(WARM):
-        run()
-    times: list[float] = []
-    while len(times) < GROUPS and (len(times) < 2 or sum(times) * group < SECONDS):
+
+    def seconds(count: int) -> float:
         _synchronize(device)
         start = time.perf_counter()
-        for _ in range(group):
+        for _ in range(count):
             run()
         _synchronize(device)
-        times.append((time.perf_counter() - start) / group)
+        return (time.perf_counter() - start) / count
+
+    once = min(seconds(1) for _ in range(WARM))
+    group = max(1, min(group, int(SECONDS / GROUPS / once)))
+    times: list[float] = []
+    while len(times) < GROUPS and (len(times) < 2 or sum(times) * group < SECONDS):
+        times.append(seconds(group))
     return statistics.median(times) * 1e3
 
 

@@ -4,6 +4,8 @@ stdout carries the result only (with `--json` exactly one object); logs and prog
 stderr. An error is one line on stderr, without a traceback: exit code 2 if the arguments are wrong
 (all that can be are checked before a model is loaded), 1 if the work failed, 130 if interrupted.
 QUAROT_TRACEBACK=1 in the environment shows the traceback as well.
+
+Over 300 lines: half of them declare what the verbs take, which a reader wants in one place.
 """
 
 from __future__ import annotations
@@ -28,7 +30,6 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -37,16 +38,14 @@ import quarot
 from quarot import _C, bench, data, eval, ops, shapes
 from quarot.config import QuarotConfig
 from quarot.convert import convert as convert_model
-from quarot.hf import load_model, weight_bytes
+from quarot.demo import QUESTION, UNQUANTIZED, compare, show
+from quarot.hf import load_model, missing_path, weight_bytes
 from quarot.models import ARCHITECTURES
 from quarot.modules.linear import BACKENDS
 
-NO_PRESET = "none"
+NO_PRESET = UNQUANTIZED
 INTERRUPTED = 130  # exit code by the shells' convention: 128 + SIGINT
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-DEMO_PRESETS = (NO_PRESET, "W4A4KV4-rtn", "W4A4KV4", "W4A8KV4")
-DEMO_QUESTION = "What is the capital of France, and what is it famous for?"
 
 log = logging.getLogger("quarot")
 
@@ -86,9 +85,8 @@ def _choice(name: str, allowed: tuple[str, ...]) -> Callable[[str], str]:
 
 
 def _path(value: str | None) -> str | None:
-    # Such a name can be no Hugging Face id, and would fail as one with a puzzling message.
-    if value is not None and value.startswith((".", "/", "~")) and not Path(value).exists():
-        raise typer.BadParameter(f"there is no file or folder {value}")
+    if value is not None and (missing := missing_path(value)):
+        raise typer.BadParameter(missing)
     return value
 
 
@@ -494,24 +492,14 @@ def demo(
     reference, tokenizer = _load(model, NO_PRESET, seed, "auto", device, "kernel")
     text = data.pydoc_topics()
     ids = data.windows(data.tokenize(tokenizer, text), window, windows)
-    question = _prompt(tokenizer, DEMO_QUESTION)
-    rows = []
-    for preset in DEMO_PRESETS:
-        log.info("%s: convert, evaluate, ask", preset)
-        form = reference
-        if preset != NO_PRESET:  # copying takes no time beside loading
-            form = _converted(copy.deepcopy(reference), preset, seed, "kernel")
-        result = eval.evaluate(form, ids, None if form is reference else reference)
+    question = _prompt(tokenizer, QUESTION)
+
+    def ask(form: Any) -> tuple[str, float]:
         tokens, seconds = _generate(form, question, max_new_tokens)
-        row = {
-            "preset": preset,
-            **dataclasses.asdict(result),
-            "weight_bytes": _weight_bytes(form),
-            "kv_bytes_per_token": _kv_bytes(form, ids[:1]),
-            "tokens_per_second": len(tokens) / seconds,
-            "answer": tokenizer.decode(tokens, skip_special_tokens=True).strip(),
-        }
-        rows.append(row)
+        answer = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        return answer, len(tokens) / seconds
+
+    rows = compare(reference, ids, ask, seed=seed, progress=sys.stderr.isatty())
     about = {
         "model": model,
         "seed": seed,
@@ -522,62 +510,12 @@ def demo(
         "cpu_isa": _C.cpu_isa,
         "device": str(reference.device),
         "seconds": time.perf_counter() - start,
-        "question": DEMO_QUESTION,
+        "question": QUESTION,
     }
     if as_json:
         _print_json({**about, "presets": rows})
     else:
-        _print_demo(about, rows)
-
-
-def _print_demo(about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))  # narrow: 80 columns hold it
-    table.add_column("preset", no_wrap=True)
-    for heading in ("perplexity", "KL", "top-1", "linears MB", "KV B/token", "tok/s"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        compared = row["kld_mean"] is not None
-        table.add_row(
-            _form(row),
-            f"{row['perplexity']:.2f}",
-            f"{row['kld_mean']:.3f}" if compared else "-",
-            f"{row['top1_agreement']:.1%}" if compared else "-",
-            _megabytes(row["weight_bytes"]),
-            f"{row['kv_bytes_per_token']:.0f}",
-            f"{row['tokens_per_second']:.1f}",
-        )
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(
-        f"{about['model']}, seed {about['seed']}, {about['windows']} windows of {about['window']} "
-        f"tokens of pydoc_data.topics (sha256 {about['text_sha256'][:12]}), on {about['device']} "
-        f"({about['cpu_isa']}, {about['threads']} threads), {about['seconds']:.0f} s in all. KL "
-        "(nats) and top-1 (how often the most likely token is the same) are against the "
-        "unquantized model; linears are the decoder layers', as stored; tok/s is of the answer "
-        "below, prompt included."
-    )
-    console.print(f"\n[bold]{about['question']}[/bold]")
-    for row in rows:
-        console.print(f"\n[bold]{_form(row)}[/bold]")
-        console.print(row["answer"], markup=False)
-
-
-def _form(row: dict[str, Any]) -> str:
-    return "unquantized" if row["preset"] == NO_PRESET else row["preset"]
-
-
-@torch.inference_mode()
-def _kv_bytes(model: Any, ids: Tensor) -> float:
-    """Return the bytes of KV cache a token, measured on the cache of `ids` [1, tokens]."""
-    cache = model(input_ids=ids.to(model.device), use_cache=True).past_key_values
-    # Rank 3 and 4: keys, values, codes, scales, zeros, all [batch, kv_heads, capacity(, …)].
-    buffers = [
-        value
-        for layer in cache.layers
-        for value in vars(layer).values()
-        if isinstance(value, Tensor) and value.dim() >= 3
-    ]
-    return sum(buffer.nbytes / buffer.shape[2] for buffer in buffers)
+        show(about, rows)
 
 
 # --- entry ----------------------------------------------------------------------------------------

@@ -25,6 +25,9 @@ _KV_BITS = (4, 8, 16)
 WEIGHT_GROUPS = (0, 32, 64, 128, 256)
 """Columns that may share a weight scale; 0 = the whole row."""
 
+_MAX_SEED = 2**53 - 1
+"""What every reader of JSON keeps exactly; times the layers it is still a seed of torch's."""
+
 _SWITCHES = ("w_clip_search", "a_symmetric", "r1", "r2", "r3", "r4", "head_hadamard")
 
 _NO_ROTATION: dict[str, Any] = {
@@ -63,8 +66,8 @@ class QuarotConfig:
         r3: Hadamard of queries and keys after RoPE (only where the KV cache is quantized).
         r4: Hadamard of the down projection's input.
         head_hadamard: Hadamard across heads at the output projection's input.
-        seed: seed of the random signs or matrices (what it fixes: `hadamard.random_signs`,
-            `hadamard.random_orthogonal`).
+        seed: seed of the random signs or matrices, below 2^53 (what it fixes:
+            `hadamard.random_signs`, `hadamard.random_orthogonal`).
         recipe: the named recipe this came from.
 
     Raises:
@@ -102,8 +105,10 @@ class QuarotConfig:
         _ratio("kv_clip", self.kv_clip)
         if not (_is_number(self.w_clip_norm) and 0 < self.w_clip_norm < math.inf):
             raise ValueError(f"w_clip_norm: got {self.w_clip_norm!r}, needs a number above 0")
-        if type(self.seed) is not int or self.seed < 0:
-            raise ValueError(f"seed: got {self.seed!r}, needs an integer ≥ 0")
+        if self.w_group and self.w_bits == 16:
+            raise ValueError(f"w_group: got {self.w_group} with w_bits 16, needs 0 or w_bits 4")
+        if type(self.seed) is not int or not 0 <= self.seed <= _MAX_SEED:
+            raise ValueError(f"seed: got {self.seed!r}, needs an integer from 0 to 2^53 - 1")
         if self.rotation == "none" and (self.r1 or self.r2):
             raise ValueError('rotation: got "none" with r1 or r2 on; needs both off, or a matrix')
         for name in _SWITCHES:

@@ -23,6 +23,7 @@ from quarot.models import Architecture, Geometry, describe
 from quarot.modules.canonical import DTYPES, linear_shapes, norm_shapes
 from quarot.modules.decoder_layer import DecoderLayer
 from quarot.modules.linear import backend_ops
+from quarot.modules.swapped import swap_class
 from quarot.quantize import rtn
 
 logger = logging.getLogger("quarot")
@@ -279,18 +280,20 @@ def _forget_quantizer(model: Any) -> None:
 def _make_unusable(model: Any, decoder: Any, error: BaseException) -> None:
     """Turn a half-converted model into one whose every use raises, with the reason.
 
-    So for the decoder in it, which can be used by itself. Their classes are swapped, so that
-    deepcopy and isinstance keep working.
+    So for the decoder in it, which can be used by itself.
     """
     reason = (
         "this model is unusable: quarot.convert failed half-way "
         f"({type(error).__name__}: {error}); load it again"
     )
+    for module in (model, decoder):
+        swap_class(module, _unusable, reason)
 
+
+def _unusable(kind: type, reason: str) -> type:
     def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(reason)
 
     uses = ("__call__", "forward", "generate", "state_dict", "save_pretrained", "push_to_hub")
     body = {**dict.fromkeys(uses, refuse), "_quarot_unusable": reason}
-    for module in (model, decoder):
-        module.__class__ = type(type(module).__name__, (type(module),), body)
+    return type(kind.__name__, (kind,), body)

@@ -35,8 +35,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from quarot.cache import QuantizedLayer
 from quarot.generate import generate as loop
 from quarot.models import describe
-from quarot.modules import linear
+from quarot.modules import watched
 from quarot.modules.decoder_layer import DecoderLayer
+from quarot.modules.swapped import swap_class
 
 MOST_GRAPHS = 8
 """Graphs kept of a model; the one not used for longest goes. They share their memory."""
@@ -76,15 +77,11 @@ class GraphedModel:
 
 
 def install(model: Any) -> None:
-    """Make the `forward` of a converted causal LM replay graphs.
-
-    Its class is swapped, because a method on the instance would not survive deepcopy.
-    """
+    """Make the `forward` of a converted causal LM replay graphs."""
     if not isinstance(model, GraphedModel):
-        model.__class__ = _graphed(type(model))  # type: ignore[arg-type]
+        swap_class(model, _graphed)
 
 
-@functools.cache
 def _graphed(kind: type) -> type:
     eager: Forward = kind.forward  # type: ignore[attr-defined]
 
@@ -93,7 +90,6 @@ def _graphed(kind: type) -> type:
         output = _step(self, functools.partial(eager, self), args, kwargs)
         return eager(self, *args, **kwargs) if output is None else output
 
-    # transformers goes by the name
     return type(kind.__name__, (GraphedModel, kind), {"forward": forward})
 
 
@@ -112,7 +108,7 @@ def _step(
         return None
     with _lock:
         recorder = _recorders.get(model)
-        if recorder is None or recorder.outdated():
+        if recorder is None or recorder.outdated(model):
             recorder = _recorders[model] = _Recorder(model)
         return recorder.step(eager, ids, cache, kwargs)
 
@@ -156,11 +152,16 @@ class _Recorder:
             nn.modules.module._global_forward_hooks,
             nn.modules.module._global_forward_pre_hooks,
         ]
-        self.moves = linear.moves()
+        self.moves = watched.moves()
         self.layers: dict[str, Any] = layers._modules
         self.known_layers = list(self.layers.values())
+        paths = (arch.decoder, arch.layers, arch.embedding, arch.final_norm, arch.head, arch.rotary)
+        self.places = [_place(model, path) for path in paths]
+        self.attributes = [vars(module) for module in (decoder, *others)]
+        self.patched = self._is_patched()
         self.holders = [h for m in others for h in (m._parameters, m._buffers) if h]
         self.addresses = self._addresses()
+        self.config = model.config
         self.settings = vars(model.config)  # much faster to read than its attributes
         self.graphs: collections.OrderedDict[tuple[Any, ...], _Graph] = collections.OrderedDict()
         self.last: _Graph | None = None
@@ -191,12 +192,22 @@ class _Recorder:
         patched = any("forward" in vars(module) for module in run)  # accelerate's hooks
         return ours and not patched and len(devices) == 1
 
-    def outdated(self) -> bool:
-        """Tell whether weights moved or layers were exchanged since."""
+    def _is_patched(self) -> bool:
+        """Tell whether a module outside of the layers has a forward of its own."""
+        return any("forward" in attributes for attributes in self.attributes)
+
+    def outdated(self, model: Any) -> bool:
+        """Tell whether weights moved, or modules, the config or a forward became others.
+
+        Asked each token, so inside of the layers such changes are counted where they happen.
+        """
         return (
-            self.moves != linear.moves()
+            self.moves != watched.moves()
+            or model.config is not self.config
+            or any(modules.get(name) is not module for modules, name, module in self.places)
             or list(self.layers.values()) != self.known_layers
             or self._addresses() != self.addresses
+            or self._is_patched() != self.patched
         )
 
     def step(
@@ -214,10 +225,10 @@ class _Recorder:
         if positions is not None and (positions.ndim != 2 or positions.shape[1] != 1):
             return None
         mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2 and bool(mask.all()):
-            mask = None
         if mask is not None and not _is_padding(mask, ids.shape[0], length + 1):
             return None
+        if mask is not None and mask.ndim == 2 and bool(mask.all()):
+            mask = None
         kind = (ids.shape[0], mask is not None)
         if graph is None or not known or graph.kind != kind or length >= graph.capacity:
             if kind not in self.warm:  # loads kernels and constants, which a capture may not
@@ -364,8 +375,17 @@ class _Graph:
         return self.logits.clone()
 
 
-def _is_padding(mask: Tensor, batch: int, keys: int) -> bool:
+def _place(model: nn.Module, path: str) -> tuple[dict[str, Any], str, Any]:
+    """Return (its parent's modules, its name there, the module) of a path."""
+    parent, _, name = path.rpartition(".")
+    modules = model.get_submodule(parent)._modules
+    return modules, name, modules[name]
+
+
+def _is_padding(mask: Any, batch: int, keys: int) -> bool:
     """Tell a mask that a graph's step can take: one that only says which keys are padding."""
+    if not isinstance(mask, Tensor):
+        return False
     if mask.ndim == 2:
         return mask.shape[0] == batch and mask.shape[1] >= keys
     return (

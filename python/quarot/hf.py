@@ -35,11 +35,10 @@ from transformers.quantizers.base import HfQuantizer
 from quarot import graph
 from quarot.config import QuarotConfig
 from quarot.models import Architecture, Geometry, describe
+from quarot.modules import head, norm, rotary
 from quarot.modules.canonical import DTYPES
 from quarot.modules.decoder_layer import DecoderLayer
-from quarot.modules.head import on_rows
 from quarot.modules.linear import QuantizedLinear, backend_ops
-from quarot.modules.rotary import keep_float32
 
 MARKER = " [quarot checkpoint: run 'import quarot' before from_pretrained]"
 """Appended to `hidden_act` of a converted model's config."""
@@ -225,8 +224,9 @@ def adopt(model: Any, config: QuarotConfig) -> Any:
     model.config._attn_implementation = "quarot"  # ours: others ignore padding or the int4 cache
     model.config.hidden_act = model.config.hidden_act.removesuffix(MARKER) + MARKER
     arch = describe(model.config)
-    keep_float32(model.get_submodule(arch.rotary))
-    on_rows(model.get_submodule(arch.head))
+    rotary.take_over(model.get_submodule(arch.rotary))
+    norm.take_over(model.get_submodule(arch.final_norm))
+    head.take_over(model.get_submodule(arch.head))
     decoder = model.get_submodule(arch.decoder)
     for module in (model, decoder):
         module._no_split_modules = {*(module._no_split_modules or ()), DecoderLayer.__name__}
@@ -303,8 +303,11 @@ def load(
         The model; its logits are bit-identical to those of the model that was saved.
 
     Raises:
+        FileNotFoundError: `path` looks like a path, and there is nothing there.
         ValueError: not a quarot checkpoint, a newer format, or tensors that do not fit.
     """
+    if missing := missing_path(path):
+        raise FileNotFoundError(f"path: {missing}")
     quantization = getattr(AutoConfig.from_pretrained(path), "quantization_config", None) or {}
     method = quantization.get("quant_method")
     if method != "quarot":
@@ -336,14 +339,17 @@ def load_model(
 
     Returns:
         (model, tokenizer).
+
+    Raises:
+        FileNotFoundError: `model` looks like a path, and there is nothing there.
     """
+    if missing := missing_path(model):
+        raise FileNotFoundError(f"model: {missing}")
     name = _smollm2() if model == "smollm2" else os.fspath(model)
     options: dict[str, Any] = {"dtype": dtype}
     if device is not None:
         options["device_map"] = {"": torch.device(device)}
     if name.endswith(".gguf"):
-        if not os.path.isfile(name):
-            raise FileNotFoundError(f"model: there is no file {name}")
         name, file = os.path.split(os.path.abspath(name))
         options["quantization_config"] = GgufConfig(dequantize=True)
         options["gguf_file"] = file
@@ -355,6 +361,18 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(name)
     with _use_backend(backend):
         return AutoModelForCausalLM.from_pretrained(name, **options), tokenizer
+
+
+def missing_path(name: str | os.PathLike[str]) -> str | None:
+    """Say what is missing if `name` can only be a path, and there is nothing there; else None.
+
+    It can be no Hugging Face id then, and would fail as one with a puzzling message.
+    """
+    path = os.fspath(name)
+    if path.endswith(".gguf"):
+        return None if os.path.isfile(path) else f"there is no file {path}"
+    is_path = not isinstance(name, str) or path.startswith((".", "/", "~"))
+    return f"there is no file or folder {path}" if is_path and not os.path.exists(path) else None
 
 
 def weight_bytes(model: Any) -> int:

@@ -327,6 +327,21 @@ TEST(attention_refuses_pages_that_there_are_not) {
   CHECK_THROWS(call.run(&cpu::attention, serial()), "block_table[0, 1]");
 }
 
+TEST(attention_reads_no_pages_before_the_first_window) {
+  // Keys come in tiles that begin before it, at pages that are gone.
+  for (const int bits : {4, 8}) {
+    for (const int64_t seq : {1, 20}) {
+      Call call({seq, 2, 1, 64, {48}}, DType::f32, bits, Mask::none, {9, 16});
+      const auto want = call.run(&cpu::attention, serial());
+      call.table[0] = -1;
+      for (const cpu::Isa isa : available_isas()) {
+        CHECK(call.run(VARIANT(isa, attention), serial()) == want, cpu::isa_name(isa));
+      }
+      CHECK(call.run(&cpu::attention, serial()) == want);
+    }
+  }
+}
+
 TEST(attention_refuses_lengths_beyond_the_capacity) {
   Call call({1, 1, 1, 8, {3}}, DType::f32, 8, Mask::none);
   call.lengths[0] = 4;

@@ -38,7 +38,8 @@ void attention(const AttentionArgs& args, const Executor& executor) {
   for (int64_t b = 0; b < args.batch; ++b) {
     QUAROT_ASSERT(args.lengths[b] >= 0 && args.lengths[b] <= args.capacity,
                   "attention: lengths[b] must be in [0, capacity]");
-    check_pages("attention", args.pages, b, args.lengths[b]);
+    const int64_t first = args.lengths[b] - args.seq + 1 - args.window;  // of the first query
+    check_pages("attention", args.pages, b, first < 0 ? 0 : first, args.lengths[b]);
     longest = args.lengths[b] > longest ? args.lengths[b] : longest;
   }
   const AttentionSplit split = attention_split(args, longest);

@@ -380,7 +380,8 @@ void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t b
     Slots slots{};
     for (int64_t i = 0; i < count; i += kLanes) {
       const TokenPlace place = place_of(a.pages, a.kv_heads, a.capacity, block.b, key + i);
-      slots.of[i / kLanes] = place.first + block.head * place.apart;
+      // Of a tile's keys those before every window may be in no block: any will do for them.
+      slots.of[i / kLanes] = place.first < 0 ? 0 : place.first + block.head * place.apart;
     }
     Group values[kKeys / kLanes];
     if constexpr (Few::kFew) {

@@ -13,7 +13,7 @@ void dequantize_kv(const DequantizeKvArgs& args, const Executor& executor) {
                     args.tokens <= args.length,
                 "dequantize_kv: the CPU has no ragged tiles");
   for (int64_t pair = args.first; pair < args.first + args.pairs; pair += args.kv_heads) {
-    check_pages("attention", args.pages, pair / args.kv_heads, args.tokens);
+    check_pages("attention", args.pages, pair / args.kv_heads, 0, args.tokens);
   }
   static const auto kernel = QUAROT_PICK(dequantize_kv);
   kernel(args, executor);

@@ -10,9 +10,9 @@ namespace quarot::cpu {
 
 QUAROT_DECLARE_VARIANTS(void rope_hadamard_kv_append(const KvAppendArgs&, const Executor&))
 
-void check_pages(const char* op, const Pages& pages, int64_t b, int64_t tokens) {
-  if (pages.table == nullptr) return;
-  for (int64_t i = 0; i * pages.size < tokens; ++i) {
+void check_pages(const char* op, const Pages& pages, int64_t b, int64_t begin, int64_t end) {
+  if (pages.table == nullptr || begin >= end) return;
+  for (int64_t i = begin / pages.size; i * pages.size < end; ++i) {
     const int64_t block = pages.table[b * pages.columns + i];
     if (block >= 0 && block < pages.blocks) continue;
     throw std::runtime_error("quarot::" + std::string(op) + ": block_table[" + std::to_string(b) +
@@ -33,7 +33,7 @@ void rope_hadamard_kv_append(const KvAppendArgs& args, const Executor& executor)
                                " token(s) from there do not fit a cache of capacity " +
                                std::to_string(args.capacity));
     }
-    check_pages("rope_hadamard_kv_append", args.pages, b, start + args.seq);
+    check_pages("rope_hadamard_kv_append", args.pages, b, start, start + args.seq);
   }
   static const auto kernel = QUAROT_PICK(rope_hadamard_kv_append);
   kernel(args, executor);

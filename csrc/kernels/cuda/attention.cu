@@ -7,9 +7,13 @@
 //
 // Splits (device/attention_plan.cuh): the host fixes the number of blocks from shapes alone; each
 // reads all lengths and finds its part of the keys, so that ragged sequences share the blocks by
-// their length. combine_kernel adds a row's partial results in a fixed order. One sequence that is
-// not long takes a cluster a cache head instead: its blocks send each other their results, each
-// adds up some dimensions, and there is no second kernel.
+// their length. combine_kernel adds a row's partial results in a fixed order.
+//
+// One sequence whose text is not long takes a cluster a cache head instead: its blocks send each
+// other their results, each adds up some dimensions, and there is no second kernel. That kernel is
+// an instance of its own: with cluster instructions in it, though not run, batches took 14 %
+// longer. Where only the device knows whether the text is long, the kernel for splits leaves a
+// short one to the clusters, which combine its results else.
 //
 // Bound: memory, the codes of the keys and values seen.
 #include <cuda_runtime.h>
@@ -17,7 +21,11 @@
 #include <cstdint>
 
 #include "kernels/attention.h"
+#include "kernels/cuda/device/attention_config.cuh"
+#include "kernels/cuda/device/attention_copy.cuh"
+#include "kernels/cuda/device/attention_parts.cuh"
 #include "kernels/cuda/device/attention_plan.cuh"
+#include "kernels/cuda/device/attention_queries.cuh"
 #include "kernels/cuda/device/attention_step.cuh"
 #include "kernels/cuda/device/launch.cuh"
 
@@ -30,15 +38,20 @@ constexpr int kCombineWarps = 8;
 
 // ---- Device helpers -----------------------------------------------------------------------------
 
-__device__ __forceinline__ void store_out(const AttentionArgs& a, int64_t i, float v) {
-  switch (a.dtype) {
-    case DType::f32:
-      return store1<DType::f32>(a.out, i, v);
-    case DType::f16:
-      return store1<DType::f16>(a.out, i, v);
-    case DType::bf16:
-      return store1<DType::bf16>(a.out, i, v);
+/// out[i, i + 4) = v / sum, or 0 if that is 0: the query sees nothing.
+__device__ __forceinline__ void store_out(const AttentionArgs& a, int64_t i, const float4& v,
+                                          float sum) {
+  if (a.dtype == DType::f32) {
+    const float by = sum == 0.0f ? INFINITY : sum;
+    static_cast<float4*>(a.out)[i / 4] = {v.x / by, v.y / by, v.z / by, v.w / by};
+    return;
   }
+  const float factor = sum == 0.0f ? 0.0f : reciprocal_fast(sum);
+  const bool half = a.dtype == DType::f16;
+  const auto pack = [&](float x, float y) {
+    return half ? pack_f16x2(x * factor, y * factor) : pack_bf16x2(x * factor, y * factor);
+  };
+  static_cast<uint2*>(a.out)[i / 4] = {pack(v.x, v.y), pack(v.z, v.w)};
 }
 
 /// A partial result's place: unit u of head h and row block k, row r.
@@ -52,211 +65,32 @@ __device__ __forceinline__ Partials partials_of(const AttentionArgs& a, const Di
   return {a.workspace, reinterpret_cast<Stats*>(a.workspace + results * a.head_dim)};
 }
 
-// ---- Kernels ------------------------------------------------------------------------------------
-
-/// Grid: row_blocks * kv_heads * splits * cluster.
-template <class C>
-__global__ void __launch_bounds__(kThreads, C::kBlocks)
-    attention_kernel(const __grid_constant__ AttentionArgs a,
-                     const __grid_constant__ Division division) {
-  wait_for_previous_grid();
-  start_next_grid();
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-  const int cluster = division.cluster;
-  const int result = static_cast<int>(blockIdx.x) / cluster;
-  const int rank = static_cast<int>(blockIdx.x) - result * cluster;
-  const int index = result / division.splits;  // of head and row block
-  const int kv_heads = static_cast<int>(a.kv_heads);
-  Unit unit{0, result - index * division.splits, division.splits};
-  if (a.batch > 1) {
-    unit = unit_of(a, division, C::kBlockKeys, unit.split);
-    if (unit.sequence < 0) return;
-  }
-  const int group = static_cast<int>(a.heads) / kv_heads, block = index / kv_heads;
-  const RowsOfBlock rows{unit.sequence, index - block * kv_heads, block * C::kRows, group,
-                         min(static_cast<int>(a.seq) * group - block * C::kRows, C::kRows)};
-
-#if __CUDA_ARCH__ >= 900
-  __shared__ uint64_t sent;  // barrier: all blocks' results are here
-  if (cluster > 1) {
-    if (threadIdx.x == 0) {
-      mbarrier_init(shared_address(&sent), 1);
-      mbarrier_init_fence();
-      mbarrier_expect(shared_address(&sent),
-                      rows.rows * static_cast<int>(C::kDim * 4 + cluster * sizeof(Stats)));
-    }
-    cluster_arrive_relaxed();  // whoever sends to this block knows that it runs
-  }
-#endif
-  Queries<C> q;
-  q.load(a, rows);
-
-  const Span span = span_of(a, unit.sequence, C::kBlockKeys);
-  const auto boundary = [&](int split) {
-    return (span.first + static_cast<int>(static_cast<unsigned>(span.blocks * split) /
-                                          static_cast<unsigned>(unit.splits * cluster))) *
-           C::kBlockKeys;
-  };
-  const int split = unit.split * cluster + rank;
-  const int begin = boundary(split), end = min(boundary(split + 1), span.length);
-  unsigned char* const ring = dynamic_shared() + warp * C::kWarpBytes;
-  int key = begin + warp * C::kKeys;
-  Copier<C> copier(a, ring, unit.sequence, rows.head, key, end);
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) copier.start();
-  q.convert(a);
-  Running<C> r;
-  r.clear();
-  const Places<C> places;
-  auto* params = reinterpret_cast<Param*>(ring + kStages * C::kStageBytes);
-  for (int stage = 0; key < end; key += C::kBlockKeys) {
-    cp_async_wait<kStages - 2>();
-    __syncwarp();  // all lanes' copies are there, and all are done with the stage before
-    copier.start();
-    // By the first query and the last one of the sequence.
-    const bool all_seen = a.mask == nullptr &&
-                          key + C::kKeys <= span.length - static_cast<int>(a.seq) + 1 &&
-                          key >= span.length - static_cast<int>(a.window);
-    attend<C>(r, a, q, rows, places, ring + stage, params, key, span.length, all_seen);
-    stage = stage + C::kStageBytes == kStages * C::kStageBytes ? 0 : stage + C::kStageBytes;
-  }
-  __syncthreads();  // the ring becomes the block's [warp][row][dim]
-
-  auto* results = reinterpret_cast<float*>(dynamic_shared());
-  __shared__ Stats stats[kWarps][C::kRows];
-  const float value_unit = inverse_of_power(r.value_unit);
-#pragma unroll
-  for (int n = 0; n < C::kTiles; ++n) {
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int row = n * kMmaColumns + 2 * t + c;
-      const float zeros = column_sum(r.zeros[n][c]), sum = column_sum(r.sum[n][c]);
-      if (g == 0) stats[warp][row] = {r.maximum[n][c], sum};
-#pragma unroll
-      for (int i = 0; i < C::kDimTiles * 2; ++i) {
-        const float unit_of_code = C::kBits == 4 && i % 2 == 1 ? C::kCodeUnit / 16 : C::kCodeUnit;
-        const int place = C::out_place(dim_of<C>(i / 2, i % 2, g));
-        results[(warp * C::kRows + row) * C::kOutStride + place] =
-            fmaf(r.out[n][i / 2][i % 2 * 2 + c], unit_of_code, -zeros) * value_unit;
-      }
-    }
-  }
-  __syncthreads();
-  // The cluster's blocks share the dimensions: rank, rank + cluster, ... are this one's.
-  auto* received = reinterpret_cast<float*>(dynamic_shared() + C::kRingBytes);
-  auto* their_stats = reinterpret_cast<Stats*>(received + C::kRows * C::kDim);
-  const int share = C::kDim / cluster;
-#if __CUDA_ARCH__ >= 900
-  if (cluster > 1) cluster_wait();
-#endif
-  for (int row = warp; row < rows.rows; row += kWarps) {
-    float maximum = kLowest, sum = 0.0f, total[C::kDim / kWarp] = {};
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) maximum = fmaxf(maximum, stats[w][row].maximum);
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float factor = exp2_fast(stats[w][row].maximum - maximum);
-      sum += stats[w][row].sum * factor;
-#pragma unroll
-      for (int i = 0; i < C::kDim / kWarp; ++i) {
-        total[i] +=
-            factor * results[(w * C::kRows + row) * C::kOutStride + C::out_place(i * kWarp + lane)];
-      }
-    }
-    float* to = received + (rank * C::kRows + row) * share + lane / cluster;
-    Stats* at = their_stats + rank * C::kRows + row;
-    if (cluster == 1) {
-#pragma unroll
-      for (int i = 0; i < C::kDim / kWarp; ++i) to[i * kWarp] = total[i];
-      if (lane == 0) *at = {maximum, sum};
-      continue;
-    }
-#if __CUDA_ARCH__ >= 900
-    const int owner = lane % cluster;
-    const auto address_there = [&](const void* here) {
-      return cluster_address(shared_address(here), owner);
-    };
-    const uint32_t barrier = address_there(&sent), there = address_there(to);
-#pragma unroll
-    for (int i = 0; i < C::kDim / kWarp; ++i)
-      store_cluster_async(there + i * (kWarp / cluster) * 4, barrier, total[i]);
-    if (lane < cluster) {
-      store_cluster_async(address_there(&at->maximum), barrier, maximum);
-      store_cluster_async(address_there(&at->sum), barrier, sum);
-    }
-#endif
-  }
-  __syncthreads();
-#if __CUDA_ARCH__ >= 900
-  while (cluster > 1 && !mbarrier_try_wait(shared_address(&sent), 0)) {
-  }
-#endif
-
-  const Partials partials = partials_of<C::kRows>(a, division);
-  for (int row = warp; row < rows.rows; row += kWarps) {
-    for (int column = lane; column < share; column += kWarp) {
-      float maximum = kLowest, sum = 0.0f, total = 0.0f;
-#pragma unroll 8
-      for (int k = 0; k < cluster; ++k)
-        maximum = fmaxf(maximum, their_stats[k * C::kRows + row].maximum);
-#pragma unroll 8
-      for (int k = 0; k < cluster; ++k) {
-        const float factor = exp2_fast(their_stats[k * C::kRows + row].maximum - maximum);
-        sum += their_stats[k * C::kRows + row].sum * factor;
-        total += received[(k * C::kRows + row) * share + column] * factor;
-      }
-      const int dim = column * cluster + rank;
-      if (unit.splits == 1) {
-        store_out(a, rows.at(a, row) * C::kDim + dim, sum == 0.0f ? 0.0f : total / sum);
-        continue;
-      }
-      const int64_t at = int64_t{result} * C::kRows + row;
-      partials.out[at * C::kDim + dim] = total;
-      if (dim == 0) partials.stats[at] = {maximum, sum};
-    }
-  }
-}
-
-/// A block a row of out: adds its partial results, a warp every kCombineWarps-th, then the warps.
-template <int kDim, int kRows>
-__global__ void __launch_bounds__(kCombineWarps* kWarp)
-    combine_kernel(const __grid_constant__ AttentionArgs a,
-                   const __grid_constant__ Division division, int block_keys) {
+/// Adds the partial results of a row of out, `parts` from the head's first-th on; a block together,
+/// a warp every kCount-th of them.
+template <int kDim, int kRows, int kCount>
+__device__ __forceinline__ void combine(const AttentionArgs& a, const Division& division, int b,
+                                        int s, int query_head, int first, int parts) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int heads = static_cast<int>(a.heads), kv_heads = static_cast<int>(a.kv_heads);
-  const int group = heads / kv_heads;
-  const int token = static_cast<int>(blockIdx.x) / heads;
-  const int query_head = static_cast<int>(blockIdx.x) - token * heads;
-  const int b = token / static_cast<int>(a.seq), s = token - b * static_cast<int>(a.seq);
-  // Lengths are older than attention_kernel: no need to wait for it.
-  int first = 0, parts = division.splits;
-  if (a.batch > 1)
-    for_units(a, division, block_keys, [&](int sequence, int begin, int count) {
-      if (__ballot_sync(kAllLanes, sequence == b) == 0) return;
-      first = __shfl_sync(kAllLanes, begin, b % kWarp);
-      parts = __shfl_sync(kAllLanes, count, b % kWarp);
-    });
-  wait_for_previous_grid();
-  if (parts == 1) return;  // written by attention_kernel
-
+  const int kv_heads = static_cast<int>(a.kv_heads), group = static_cast<int>(a.heads) / kv_heads;
   const int row = s * group + query_head % group;
-  const int64_t index = (int64_t{row / kRows} * kv_heads + query_head / group) * division.splits;
+  const int head = row / kRows * kv_heads + query_head / group;  // of all row blocks' heads
+  const int64_t index = int64_t{head} * division.splits + first;
   const Partials partials = partials_of<kRows>(a, division);
   constexpr int kLaneDims = kDim / kWarp;
   constexpr int kAtOnce = 8;  // loads under way
   float total[kLaneDims] = {};
   float sum = 0.0f, maximum = kLowest;
-  for (int begin = warp; begin < parts; begin += kAtOnce * kCombineWarps) {
+  for (int begin = warp; begin < parts; begin += kAtOnce * kCount) {
     Stats stats[kAtOnce];
     float out[kAtOnce][kLaneDims];
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
-      const int part = begin + k * kCombineWarps;
+      const int part = begin + k * kCount;
       stats[k] = {kLowest, 0.0f};
 #pragma unroll
       for (int i = 0; i < kLaneDims; ++i) out[k][i] = 0.0f;
       if (part >= parts) continue;
-      const int64_t at = (index + first + part) * kRows + row % kRows;
+      const int64_t at = (index + part) * kRows + row % kRows;
       stats[k] = partials.stats[at];
 #pragma unroll
       for (int i = 0; i < kLaneDims; ++i) out[k][i] = partials.out[at * kDim + i * kWarp + lane];
@@ -277,24 +111,147 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp)
       for (int i = 0; i < kLaneDims; ++i) total[i] += out[k][i] * factor;
     }
   }
-  __shared__ float totals[kCombineWarps][kDim];
-  __shared__ Stats of_warp[kCombineWarps];
+  __shared__ float totals[kCount][kDim];
+  __shared__ Stats of_warp[kCount];
 #pragma unroll
   for (int i = 0; i < kLaneDims; ++i) totals[warp][i * kWarp + lane] = total[i];
   if (lane == 0) of_warp[warp] = {maximum, sum};
   __syncthreads();
-  const int dim = static_cast<int>(threadIdx.x);
-  if (dim >= kDim) return;
-  float value = 0.0f, all = 0.0f;
+  float all = 0.0f, factor[kCount];
 #pragma unroll
-  for (int w = 0; w < kCombineWarps; ++w) maximum = fmaxf(maximum, of_warp[w].maximum);
+  for (int w = 0; w < kCount; ++w) maximum = fmaxf(maximum, of_warp[w].maximum);
 #pragma unroll
-  for (int w = 0; w < kCombineWarps; ++w) {
-    const float factor = exp2_fast(of_warp[w].maximum - maximum);
-    value += totals[w][dim] * factor;
-    all += of_warp[w].sum * factor;
+  for (int w = 0; w < kCount; ++w) {
+    factor[w] = exp2_fast(of_warp[w].maximum - maximum);
+    all += of_warp[w].sum * factor[w];
   }
-  store_out(a, int64_t{blockIdx.x} * kDim + dim, all == 0.0f ? 0.0f : value / all);
+  const int64_t to = ((int64_t{b} * a.seq + s) * a.heads + query_head) * kDim;
+  for (int dim = static_cast<int>(threadIdx.x); dim < kDim; dim += kCount * kWarp) {
+    float value = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kCount; ++w) value += totals[w][dim] * factor[w];
+    store1(a.dtype, a.out, to + dim, all == 0.0f ? 0.0f : value / all);
+  }
+}
+
+// ---- Kernels ------------------------------------------------------------------------------------
+
+/// Grid: row_blocks * kv_heads * splits; or in clusters, row_blocks * kv_heads * kCluster.
+template <class C>
+__global__ void __launch_bounds__(kThreads, C::kBlocks)
+    attention_kernel(const __grid_constant__ AttentionArgs a,
+                     const __grid_constant__ Division division) {
+  const int warp = threadIdx.x / kWarp;
+  const int result = static_cast<int>(blockIdx.x) / C::kCluster;
+  const int rank = static_cast<int>(blockIdx.x) % C::kCluster;
+  const int splits = C::kCluster == 1 ? division.splits : 1;
+  const int index = result / splits;  // of head and row block
+  const int kv_heads = static_cast<int>(a.kv_heads);
+  const int group = static_cast<int>(a.heads) / kv_heads, block = index / kv_heads;
+  RowsOfBlock rows{0, index - block * kv_heads, block * C::kRows, group,
+                   min(static_cast<int>(a.seq) * group - block * C::kRows, C::kRows)};
+  Unit unit{0, result - index * splits, splits};
+  unsigned char* const ring = dynamic_shared() + warp * C::kWarpBytes;
+  Parts<C> parts(rank);
+  parts.expect(rows.rows);
+
+  if constexpr (C::kCluster == 1) {
+    wait_for_previous_grid();
+    start_next_grid();
+    if (a.batch > 1) {
+      unit = unit_of(a, division, C::kBlockKeys, unit.split);
+      if (unit.sequence < 0) return;
+      rows.b = unit.sequence;
+    } else if (division.clusters && is_for_cluster(a, a.lengths[0])) {
+      return;  // the kernel after this one attends
+    }
+  }
+  Copier<C> copier(a, ring, unit.sequence, rows.head);
+  const int* const length_at = a.lengths + unit.sequence;
+  const int length = __ldcg(length_at);
+  Keys keys = keys_of<C>(a, length, unit, rank);
+  if constexpr (C::kCluster > 1) {  // all is made ready for a length that may be out of date
+    prefetch<C>(a, rows, keys);
+    wait_for_previous_grid();
+    start_next_grid();
+  }
+  Queries<C> q;
+  q.load(a, rows);
+  const auto start = [&] {
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i)
+      copier.start(keys.begin + warp * C::kKeys + i * C::kBlockKeys, keys.end, i * C::kStageBytes);
+  };
+  start();
+  const int now = C::kCluster > 1 ? __ldcg(length_at) : length;
+  q.convert(a);
+  if (C::kCluster > 1 && !C::kShort && division.splits > 1 && !is_for_cluster(a, now)) {
+    cp_async_wait<0>();
+    const int seq = static_cast<int>(a.seq), heads = static_cast<int>(a.heads);
+    for (int row = static_cast<int>(blockIdx.x); row < seq * heads; row += gridDim.x) {
+      combine<C::kDim, C::kRows, kWarps>(a, division, 0, row / heads, row % heads, 0,
+                                         division.splits);
+      __syncthreads();
+    }
+    return;
+  }
+  if (now != length) {  // rare
+    cp_async_wait<0>();
+    __syncwarp();
+    keys = keys_of<C>(a, now, unit, rank);
+    start();
+  }
+  int key = keys.begin + warp * C::kKeys;
+  Running<C> r;
+  r.clear();
+  const Places<C> places;
+  auto* params = reinterpret_cast<Param*>(ring + kStages * C::kStageBytes);
+  constexpr int kLastStage = (kStages - 1) * C::kStageBytes;
+  for (int stage = 0; key < keys.end; key += C::kBlockKeys) {
+    cp_async_wait<kStages - 2>();
+    __syncwarp();  // all lanes' copies are there, and all are done with the stage before
+    copier.start(key + (kStages - 1) * C::kBlockKeys, keys.end,
+                 stage == 0 ? kLastStage : stage - C::kStageBytes);
+    // By the first query and the last one of the sequence.
+    const bool all_seen = a.mask == nullptr &&
+                          key + C::kKeys <= keys.length - static_cast<int>(a.seq) + 1 &&
+                          key >= keys.length - static_cast<int>(a.window);
+    attend<C>(r, a, q, rows, places, ring + stage, params, key, keys.length, all_seen);
+    stage = stage == kLastStage ? 0 : stage + C::kStageBytes;
+  }
+
+  parts.take(r, rows.rows);
+  const Partials partials = partials_of<C::kRows>(a, division);
+  for (int row = warp; row < rows.rows; row += kWarps) {
+    parts.add(row, [&](int dim, const float4& total, const Stats& stats) {
+      if (unit.splits == 1) return store_out(a, rows.at(a, row) * C::kDim + dim, total, stats.sum);
+      const int64_t to = int64_t{result} * C::kRows + row;
+      *reinterpret_cast<float4*>(partials.out + to * C::kDim + dim) = total;
+      if (dim == 0) partials.stats[to] = stats;
+    });
+  }
+}
+
+/// Grid: rows of out.
+template <int kDim, int kRows>
+__global__ void __launch_bounds__(kCombineWarps* kWarp)
+    combine_kernel(const __grid_constant__ AttentionArgs a,
+                   const __grid_constant__ Division division, int block_keys) {
+  const int heads = static_cast<int>(a.heads), seq = static_cast<int>(a.seq);
+  const int token = static_cast<int>(blockIdx.x) / heads, b = token / seq;
+  // Lengths are older than attention_kernel: no need to wait for it.
+  int first = 0, parts = division.splits;
+  if (a.batch > 1)
+    for_units(a, division, block_keys, [&](int sequence, int begin, int count) {
+      if (__ballot_sync(kAllLanes, sequence == b) == 0) return;
+      first = __shfl_sync(kAllLanes, begin, b % kWarp);
+      parts = __shfl_sync(kAllLanes, count, b % kWarp);
+    });
+  wait_for_previous_grid();
+  if (parts == 1) return;  // written by attention_kernel
+
+  combine<kDim, kRows, kCombineWarps>(a, division, b, token - b * seq,
+                                      static_cast<int>(blockIdx.x) - token * heads, first, parts);
 }
 
 // ---- Launch -------------------------------------------------------------------------------------
@@ -302,8 +259,20 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp)
 template <class C>
 void launch_attention(const AttentionArgs& a, Stream stream) {
   const Division d = divide<C>(a);
-  launch_clusters(&attention_kernel<C>, int64_t{d.row_blocks} * a.kv_heads * d.splits * d.cluster,
-                  d.cluster, kThreads, shared_bytes<C>(d), stream, a, d);
+  const int64_t units = int64_t{d.row_blocks} * a.kv_heads;
+  if (!d.clusters || d.splits > 1)
+    launch_early(&attention_kernel<C>, units * d.splits, kThreads, kSharedBytes<C>, stream, a, d);
+  if constexpr (C::kHasClusters) {
+    const auto launch = [&](auto config) {
+      using Clustered = decltype(config);
+      launch_clusters(&attention_kernel<Clustered>, units * kMostBlocks, kMostBlocks, kThreads,
+                      kSharedBytes<Clustered>, stream, a, d);
+    };
+    if (d.clusters) {
+      if (a.capacity <= kShortKeys) return launch(typename C::Short{});
+      return launch(typename C::Clustered{});
+    }
+  }
   if (a.batch == 1 && d.splits == 1) return;
   launch_early(&combine_kernel<C::kDim, C::kRows>, a.batch * a.seq * a.heads, kCombineWarps * kWarp,
                0, stream, a, d, C::kBlockKeys);

@@ -85,9 +85,12 @@ constexpr int64_t kGroupedTokens = 9, kManyGroupedTokens = 17;
 // processors have some.
 constexpr Choice kPerChannel[] = {
     choice<MmaConfig<2, 1, 1, 8, 2, 4, 2>>(8, 4096),
+    choice<MmaConfig<4, 1, 1, 16, 1, 4, 1>>(8, 5120),
+    choice<MmaConfig<3, 1, 1, 16, 1, 4, 1>>(8, 6336),
     choice<MmaConfig<4, 1, 1, 16, 1, 4, 1>>(8, 8192),
     choice<MmaConfig<2, 1, 1, 8, 1, 4, 4>>(8, 16384),
     choice<MmaConfig<4, 1, 1, 4, 1, 4, 4>>(8, 28000),
+    choice<MmaConfig<7, 1, 2, 4, 1, 4, 1>>(8, 29568),
     choice<MmaConfig<2, 1, 1, 8, 1, 4, 4>>(8, kAny),
     choice<MmaConfig<2, 2, 1, 8, 1, 4, 3>>(16, 4096),
     choice<MmaConfig<4, 2, 1, 8, 1, 4, 2>>(16, 8192),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quarot.config import QuarotConfig
 from quarot.models.base import Architecture, Geometry
+from quarot.modules.watched import Watched
 from quarot.quantize import grid
 
 _K_MULTIPLE = 32  # linear_int4 reads this many codes of a row at a time
@@ -120,7 +121,7 @@ class CanonicalLinear(nn.Module):
         return self
 
 
-class NormWeight(nn.Module):
+class NormWeight(Watched):
     """Hold the weight [size] of an RMSNorm; the norm itself is part of a fused op."""
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str | None) -> None:

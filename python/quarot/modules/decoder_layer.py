@@ -25,9 +25,10 @@ from quarot.modules import attention, canonical, replay
 from quarot.modules import mask as masks
 from quarot.modules.canonical import CanonicalLinear
 from quarot.modules.linear import QuantizedLinear, backend_ops
+from quarot.modules.watched import Watched
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Watched):
     """Run one decoder layer on quantized weights, activations and cache.
 
     Args:

@@ -21,7 +21,7 @@ class Head(nn.Linear):
         return rows.view(*input.shape[:-1], rows.shape[-1])
 
 
-def on_rows(head: Any) -> None:
+def take_over(head: Any) -> None:
     """Make a plain linear layer a `Head`; leave others alone.
 
     Its class is swapped, because a method on the instance would not survive deepcopy.

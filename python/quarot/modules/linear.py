@@ -11,23 +11,17 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from quarot import ops
 from quarot.modules.canonical import CanonicalLinear, apply_but_scale, check_dtype
+from quarot.modules.watched import Watched, count_move
+from quarot.modules.watched import moves as moves
 from quarot.ops import reference
 
 BACKENDS: dict[str, ModuleType] = {"kernel": ops, "reference": reference}
 """Name of a backend -> its ops."""
-
-
-_moves = 0
-
-
-def moves() -> int:
-    """Return how often weights took another place in memory: what a CUDA graph must know."""
-    return _moves
 
 
 def backend_ops(backend: str) -> ModuleType:
@@ -37,7 +31,7 @@ def backend_ops(backend: str) -> ModuleType:
     return BACKENDS[backend]
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(Watched):
     """Multiply quantized activations by several linears' rows at once.
 
     Buffers, non-persistent: `weight` in the kernel's layout (bits 4) or [n, k] (bits 16),
@@ -68,7 +62,7 @@ class QuantizedLinear(nn.Module):
 
     def fuse(self, parts: Sequence[CanonicalLinear]) -> None:
         """Take the weights out of `parts` into the kernel buffers."""
-        _count_move()
+        count_move()
         taken = [part.take() for part in parts]
 
         def stack(name: str) -> Tensor:
@@ -93,7 +87,7 @@ class QuantizedLinear(nn.Module):
 
     def unfuse(self, parts: Sequence[CanonicalLinear]) -> None:
         """Move the weights back into `parts`."""
-        _count_move()
+        count_move()
         for part, tensors in zip(parts, self.canonical(), strict=True):
             part.put(tensors)
         self.weight = self.weight_scale = self.weight_sum = self.bias = None
@@ -167,7 +161,7 @@ class QuantizedLinear(nn.Module):
         return f"in_features={self.in_features}, rows={self.rows}, bits={self.bits}, {self.backend}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        _count_move()
+        count_move()
         # The kernel layout belongs to a device: it travels by rows and is packed again there.
         packed = self.weight if self.bits == 4 else None
         if packed is None or check_dtype(fn, packed.device) == packed.device:
@@ -178,8 +172,3 @@ class QuantizedLinear(nn.Module):
         apply_but_scale(self, fn, recurse)
         self.weight = backend_ops(self.backend).prepack_int4(rows)
         return self
-
-
-def _count_move() -> None:
-    global _moves
-    _moves += 1

@@ -42,6 +42,8 @@ def quarot_mask(
         None: plain causal attention; or bool [batch, 1, 1, kv_length]: causal attention to the
         keys that are True.
     """
+    if attention_mask is not None and attention_mask.ndim != 2:
+        _refuse_mask(attention_mask)  # transformers hands only 4-D ones on as they are
     plain = mask_function is causal_mask_function and kv_offset == 0
     if not plain or isinstance(q_offset, Tensor):
         return sdpa_mask(
@@ -108,11 +110,15 @@ def check_mask(mask: Any) -> Tensor | None:
         )
     four = mask.ndim == 4 and (mask.dtype == torch.bool or mask.is_floating_point())
     if mask.ndim != 2 and not four:
-        raise ValueError(
-            f"attention_mask: got {mask.dtype} of shape {tuple(mask.shape)}, needs [batch, keys], "
-            "or bool or float [batch, 1 or heads, queries, keys]"
-        )
+        _refuse_mask(mask)
     return mask
+
+
+def _refuse_mask(mask: Tensor) -> NoReturn:
+    raise ValueError(
+        f"attention_mask: got {mask.dtype} of shape {tuple(mask.shape)}, needs [batch, keys], "
+        "or bool or float [batch, 1 or heads, queries, keys]"
+    )
 
 
 def _refuse(*args: Any, **kwargs: Any) -> NoReturn:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,8 @@ def quantize(
 
     Args:
         x: float [..., n].
-        bits: 4 or 8; 16 returns (x, None, None), in all quantizing ops.
+        bits: 4 or 8; 16 returns (x, None, None), in all quantizing ops; group and packed need 4
+            or 8, clip has no effect at 16.
         symmetric: around zero; else with a zero point (both signed).
         clip: share of max|x| (of the range, when asymmetric) that is kept, in (0, 1].
         group: columns that share a scale, a divisor of n; 0 = the whole row.
@@ -94,7 +96,7 @@ def quantize(
     """
     _no_grad("quantize", x)
     if bits == 16:
-        return x, None, None
+        return reference.quantize(x, bits, clip=clip, group=group, packed=packed)
     return torch.ops.quarot.quantize(x, bits, symmetric, clip, group, packed)
 
 
@@ -155,7 +157,10 @@ def hadamard_quantize(
     _no_grad("hadamard_quantize", x)
     size, factor, scale = _fill(x, size, factor, scale_hadamard)
     if bits == 16:
-        return reference.hadamard_quantize(x, size, factor=factor, scale_hadamard=scale, bits=bits)
+        return reference.hadamard_quantize(
+            x, size, factor=factor, scale_hadamard=scale,
+            bits=bits, clip=clip, group=group, packed=packed,
+        )  # fmt: skip
     return torch.ops.quarot.hadamard_quantize(
         x, size, factor, scale, bits, symmetric, clip, group, packed
     )
@@ -181,7 +186,9 @@ def rmsnorm_quantize(
     """
     _no_grad("rmsnorm_quantize", x, weight)
     if bits == 16:
-        return reference.rmsnorm_quantize(x, weight, eps, bits=bits)
+        return reference.rmsnorm_quantize(
+            x, weight, eps, bits=bits, clip=clip, group=group, packed=packed
+        )
     return torch.ops.quarot.rmsnorm_quantize(x, weight, eps, bits, symmetric, clip, group, packed)
 
 
@@ -210,8 +217,9 @@ def glu_hadamard_quantize(
     size, factor, scale = _fill(gate_up, size, factor, scale_hadamard, parts=2)
     if bits == 16:
         return reference.glu_hadamard_quantize(
-            gate_up, activation, size, factor=factor, scale_hadamard=scale, bits=bits
-        )
+            gate_up, activation, size, factor=factor, scale_hadamard=scale,
+            bits=bits, clip=clip, group=group, packed=packed,
+        )  # fmt: skip
     return torch.ops.quarot.glu_hadamard_quantize(
         gate_up, activation, size, factor, scale, bits, symmetric, clip, group, packed
     )
@@ -243,8 +251,9 @@ def head_hadamard_quantize(
     heads, factor, scale = _fill(x, heads, factor, scale_hadamard, dim=-2)
     if bits == 16:
         return reference.head_hadamard_quantize(
-            x, heads, factor=factor, scale_hadamard=scale, bits=bits
-        )
+            x, heads, factor=factor, scale_hadamard=scale,
+            bits=bits, clip=clip, group=group, packed=packed,
+        )  # fmt: skip
     return torch.ops.quarot.head_hadamard_quantize(
         x, heads, factor, scale, bits, symmetric, clip, group, packed
     )
@@ -398,7 +407,8 @@ def kernels() -> dict[str, dict[str, str]]:
 
 
 def _no_grad(op: str, *tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    # What is no tensor is the library's to refuse.
+    if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors):
         raise RuntimeError(
             f"{op}: got a tensor that requires grad, needs torch.no_grad() or inference_mode(): "
             "quarot's ops have no backward"
@@ -406,7 +416,7 @@ def _no_grad(op: str, *tensors: Tensor | None) -> None:
 
 
 def _fill(
-    x: Tensor,
+    x: Any,
     size: int | None,
     factor: Tensor | None,
     scale: float | None,
@@ -418,7 +428,9 @@ def _fill(
 
     Returns size, factor (None where size is a power of two) and scale.
     """
-    if size is None:  # an x without that dimension is the library's to refuse
+    if not isinstance(x, Tensor):  # the library's to refuse, as an x without that dimension is
+        return size or 1, factor, 1.0
+    if size is None:
         n = x.shape[dim] // parts if x.ndim >= -dim else 1
         size = _hadamard.split(n)[0] if n else 1
     if factor is None and size & (size - 1):

@@ -28,6 +28,7 @@ def require(condition: bool, needs: str, got: Any) -> None:
 
 def tensor(name: str, x: Tensor, dtype: torch.dtype, shape: Sequence[int] | None = None) -> None:
     """Check a dtype, and a shape where one is given."""
+    require(isinstance(x, Tensor), f"{name} must be a tensor", type(x).__name__)
     require(x.dtype == dtype, f"{name} must be {_text(dtype)}", x)
     if shape is not None:
         require(x.shape == tuple(shape), f"{name} must have shape {list(shape)}", x)
@@ -35,6 +36,7 @@ def tensor(name: str, x: Tensor, dtype: torch.dtype, shape: Sequence[int] | None
 
 def floating(name: str, x: Tensor, dims: int = 1, *, wide: bool = False) -> None:
     """Check a float tensor of at least `dims` dimensions; `wide`: float64 is one too."""
+    require(isinstance(x, Tensor), f"{name} must be a tensor", type(x).__name__)
     allowed = x.dtype in _FLOATS or (wide and x.dtype == torch.float64)
     require(allowed, f"{name} must be float32, float16 or bfloat16", x)
     require(x.ndim >= dims, f"{name} must have at least {dims} dimension(s)", x)
@@ -47,8 +49,11 @@ def float_dtype(name: str, dtype: torch.dtype) -> None:
 
 def quantizer(bits: int, clip: float, group: int, packed: bool, n: int) -> None:
     """Check the options of a quantizer of rows of n."""
-    require(bits in (4, 8), "bits must be 4 or 8", bits)
+    require(bits in (4, 8, 16), "bits must be 4, 8 or 16", bits)
     require(0 < clip <= 1, "clip must be in (0, 1]", clip)
+    if bits == 16:  # nothing is quantized
+        require(group == 0 and not packed, "group and packed need bits = 4 or 8", "bits = 16")
+        return
     divides = group == 0 or (group > 0 and n % group == 0)
     require(divides, f"group must be 0 or divide {n}, the columns of a row", group)
     possible = not packed or (bits == 4 and n % 2 == 0)
@@ -106,7 +111,7 @@ def linear(
     if x_zero is not None:
         tensor("x_zero", x_zero, torch.int32, rows)
         if w_sum is None:
-            raise RuntimeError("w_sum is needed where x_zero is given; got None")
+            raise RuntimeError("w_sum must be int32 [n, groups] where x_zero is given; got None")
         tensor("w_sum", w_sum, torch.int32, (n, groups))
     for name, addend, shape in (("bias", bias, (n,)), ("residual", residual, (*rows, n))):
         if addend is not None:
@@ -156,13 +161,16 @@ def cache(
         require(size > 0 and size % _PAGE_MULTIPLE == 0, needs, k_codes)
 
 
-def blocks(block_table: Tensor, codes: Tensor, lengths: Tensor) -> None:
-    """Check that a paged cache has the blocks that hold the first `lengths` tokens of each row."""
+def blocks(block_table: Tensor, codes: Tensor, begin: Tensor, end: Tensor) -> None:
+    """Check that a paged cache has the blocks that hold tokens [begin, end) of each row."""
     held, size = codes.shape[0], codes.shape[2]
-    for b, (row, length) in enumerate(zip(block_table.tolist(), lengths.tolist(), strict=True)):
-        for i, block in enumerate(row[: -(-length // size)]):
+    rows = zip(block_table.tolist(), begin.tolist(), end.tolist(), strict=True)
+    for b, (row, first, past) in enumerate(rows):
+        if first >= past:
+            continue
+        for i, block in enumerate(row[: -(-past // size)]):
             needs = f"block_table[{b}, {i}] must be a block between 0 and {held - 1}"
-            require(0 <= block < held, needs, block)
+            require(i < first // size or 0 <= block < held, needs, block)
 
 
 def appended(

@@ -57,9 +57,9 @@ def quantize(
 ) -> Quantized:
     """Codes, scale and zero point per row, or per `group` columns of a row."""
     checks.floating("x", x, wide=bits == 16)
+    checks.quantizer(bits, clip, group, packed, x.shape[-1])
     if bits == 16:
         return x, None, None
-    checks.quantizer(bits, clip, group, packed, x.shape[-1])
     rows = x.float().unflatten(-1, (-1, group)) if group else x.float()
     if x.shape[-1] == 0:
         low = high = rows.new_zeros((*rows.shape[:-1], 1))
@@ -329,7 +329,7 @@ def rope_hadamard_kv_append(
         checks.require(fits, needs, start.tolist())
     row = torch.arange(batch, device=k.device)[:, None]
     if block_table is not None:
-        checks.blocks(block_table, k_codes, start + tokens)
+        checks.blocks(block_table, k_codes, start, start + tokens)
         row = block_table.long().gather(1, position // k_codes.shape[2])
         position = position % k_codes.shape[2]
     q_rotated = _transform(rope(q, cos.unsqueeze(2), sin.unsqueeze(2)), size, None, factor)
@@ -364,7 +364,8 @@ def attention(
     checks.cache(q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, bits, block_table)
     checks.require(window is None or window > 0, "window must be at least 1", window)
     if block_table is not None:
-        checks.blocks(block_table, k_codes, lengths)
+        seen = q.shape[1] - 1 + (window or k_codes.shape[2] * block_table.shape[1])
+        checks.blocks(block_table, k_codes, (lengths - seen).clamp(min=0), lengths)
         k_codes, k_scale, k_zero, v_codes, v_scale, v_zero = (
             _gather_blocks(x, block_table)
             for x in (k_codes, k_scale, k_zero, v_codes, v_scale, v_zero)
@@ -444,8 +445,7 @@ def _finish(
     group: int,
     packed: bool,
 ) -> Quantized:
-    if bits == 16:
-        return y.to(dtype), None, None
+    y = y.to(dtype) if bits == 16 else y
     return quantize(y, bits, symmetric=symmetric, clip=clip, group=group, packed=packed)
 
 

@@ -21,7 +21,7 @@ def weight_scales(
     group: int = 0,
     clip_search: bool = True,
     norm: float = 2.4,
-    weights: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> Tensor:
     """Choose the scales of a weight matrix: `ops.clip_search`, or max|w| / 7 without the search.
 
@@ -31,14 +31,14 @@ def weight_scales(
         group: columns that share a scale; 0 = the whole row.
         clip_search: search p.
         norm: exponent of the error.
-        weights: float [in] ≥ 0, importance of each column's error; None = equal.
+        importance: float [in] ≥ 0, weight of each column's error; None = equal.
 
     Returns:
         float32 [out, in / group] (one column when group is 0), all finite and above 0.
 
     Raises:
         ValueError: bits is not 4, w is not a finite matrix, group does not divide its columns, or
-            weights is not one number a column.
+            importance is not one number a column.
     """
     if bits != 4:
         raise ValueError(f"bits: got {bits}, needs 4")
@@ -46,14 +46,14 @@ def weight_scales(
         raise ValueError(f"w: got {w.dtype} {list(w.shape)}, needs a float matrix [out, in]")
     columns = w.shape[1]
     check_group(group, columns)
-    if weights is not None and weights.shape != (columns,):
+    if importance is not None and importance.shape != (columns,):
         raise ValueError(
-            f"weights: got {list(weights.shape)}, needs one number a column, [{columns}]"
+            f"importance: got {list(importance.shape)}, needs one number a column, [{columns}]"
         )
     w = w if w.dtype in (torch.bfloat16, torch.float16) else w.float()
     scales: Tensor | None
     if clip_search:
-        importance = None if weights is None else weights.float()
+        importance = None if importance is None else importance.float()
         scales = ops.clip_search(w, norm, group, importance)
     else:
         scales = ops.quantize(w, bits, group=group or columns)[1]

@@ -1,8 +1,8 @@
 // What a warp of the decode attention does (cuda/attention.cu): it takes kKeys keys of one cache
 // head at a time, with all query rows (query s, head of the group) of its block.
 //
-// Codes come by cp.async into a ring of the warp's own. Both products run on tensor cores
-// (m16n8k16, fp32 sums) with the codes as A and the rows as the 8 columns of B:
+// Both products run on tensor cores (m16n8k16, fp32 sums) with the codes as A and the rows as the 8
+// columns of B:
 //
 //   scores [key, row] = K codes [key, dim] * q^T [dim, row]         lane (g, t): keys g, g + 8
 //   out^T  [dim, row] = V codes^T [dim, key] * w [key, row]         lane (g, t): dims of g
@@ -19,8 +19,6 @@
 //
 // The running maximum of a row only moves when a score exceeds it by kTop (log2), which one vote a
 // step finds out: rescaling is rare.
-//
-// Above 400 lines: the steps share one fragment layout, which is the file's subject.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -28,88 +26,20 @@
 #include <cstdint>
 
 #include "kernels/attention.h"
+#include "kernels/cuda/device/attention_config.cuh"
 #include "kernels/cuda/device/attention_plan.cuh"
+#include "kernels/cuda/device/attention_queries.cuh"
 #include "kernels/cuda/device/mma.cuh"
 #include "kernels/cuda/device/reduce.cuh"
 #include "kernels/cuda/device/vec.cuh"
 
 namespace quarot::cuda::decode {
 
-// ---- Config -------------------------------------------------------------------------------------
-
-constexpr int kStages = 2;            // of a warp's ring; more were not faster
-constexpr int kTileKeys = kMmaRows;   // keys of one product
-constexpr float kTop = 15.0f;         // log2 of the largest weight: fp16 ends at 2^16
-constexpr float kRest = 8.0f;         // where a new maximum is put
-constexpr float kLowest = -0x1p127f;  // below any score, and finite
-constexpr float kLog2e = 1.44269504088896340736f;
-constexpr int kQueryExponent = 13;  // of the largest query entry, after scaling
+constexpr float kTop = 15.0f;  // log2 of the largest weight: fp16 ends at 2^16
+constexpr float kRest = 8.0f;  // where a new maximum is put
 constexpr float kFirstValueUnit = 0x1p30f;
 
-/// What a kernel is compiled for: kTiles * 8 query rows.
-template <int kDim_, int kBits_, int kTiles_, bool kExact_, bool kPaged_>
-struct Config {
-  static constexpr int kDim = kDim_, kBits = kBits_, kTiles = kTiles_;
-  static constexpr bool kExact = kExact_, kPaged = kPaged_;
-  static constexpr int kRows = kTiles * kMmaColumns;
-  static constexpr int kRowBytes = kDim * kBits / 8;
-  static constexpr int kKeys = kRowBytes >= 128 ? 16 : 32;  // of a warp's step
-  static constexpr int kKeyTiles = kKeys / kTileKeys;
-  static constexpr int kBlockKeys = kWarps * kKeys;
-  static constexpr int kBlocks = kExact || kDim > 128 || kTiles > 1 ? 2 : 4;  // of an SM
-  static constexpr int kWordDims = 32 / kBits;
-  // 1 / what a code's lowest bit is worth as an operand: the smallest subnormal of fp16, or 1.
-  static constexpr float kCodeUnit = kExact ? 1.0f : 0x1p24f;
-
-  // A lane's part of a key's row: kKeyVectors vectors, 4 lanes side by side.
-  static constexpr int kKeyWords = kRowBytes / 16;
-  static constexpr int kKeyVector = kKeyWords % 4 == 0 ? 4 : kKeyWords % 2 == 0 ? 2 : 1;
-  static constexpr int kKeyVectors = kKeyWords / kKeyVector;
-  static constexpr int kSteps = kDim / kMmaDepth;  // products a score takes
-  // A lane's part of a value's row in 16-bit units, 8 lanes side by side.
-  static constexpr int kValueUnits = kRowBytes / 16;
-  static constexpr int kValueVector = kValueUnits % 8 == 0   ? 8
-                                      : kValueUnits % 4 == 0 ? 4
-                                      : kValueUnits % 2 == 0 ? 2
-                                                             : 1;
-  static constexpr int kValueVectors = kValueUnits / kValueVector;
-  static constexpr int kUnitDims = 16 / kBits;
-  static constexpr int kUnitTiles = kUnitDims / 2;  // dims of a product's two rows, of one lane
-  static constexpr int kDimTiles = kDim / kMmaRows;
-
-  // Shared memory of a warp: stages of [K codes][V codes][raw scales and zeros], then Param[kKeys].
-  static constexpr int kCodeBytes = kKeys * kRowBytes;
-  static constexpr int kRawBytes = kKeys * 6;  // k_scale, v_scale fp16, k_zero, v_zero uint8
-  static constexpr int kStageBytes = 2 * kCodeBytes + kRawBytes;
-  static constexpr int kParamBytes = kKeys * 16;
-  static constexpr int kWarpBytes = kStages * kStageBytes + kParamBytes;
-  // Floats of a row in the block's reduction, and where a dimension stands there: the lanes' dims
-  // are kDim / 8 apart, their rows 2.
-  static constexpr int kOutStride = (kDim + 8 + 15) / 16 * 16 + 4;
-  __device__ static constexpr int out_place(int dim) { return dim + dim / (kDim / 8); }
-  static constexpr int kReduceBytes = kWarps * kRows * kOutStride * 4;
-  static constexpr int kRingBytes =
-      kWarps * kWarpBytes > kReduceBytes ? kWarps * kWarpBytes : kReduceBytes;
-  static_assert(kStageBytes % 16 == 0 && kCodeBytes % (16 * kWarp) == 0 && kRowBytes % 16 == 0);
-
-  /// Permutes the 16-byte chunks within 128-byte lines, so that both products' reads are free of
-  /// bank conflicts: chunk c of key r's row stands at c ^ swizzle(r).
-  __device__ static constexpr int swizzle(int key) {
-    if constexpr (kRowBytes == 32) return ((key >> 2) & 1) << 1;
-    if constexpr (kRowBytes == 64) return ((key >> 1) & 3) << 1;
-    if constexpr (kRowBytes >= 128) return (((key >> 1) & 3) << 1) ^ ((key & 1) << 2);
-    return 0;
-  }
-};
-
-// ---- A warp's step ------------------------------------------------------------------------------
-
-__device__ __forceinline__ float half_low(uint32_t pair) {
-  return f16_to_float(static_cast<uint16_t>(pair));
-}
-__device__ __forceinline__ float half_high(uint32_t pair) {
-  return f16_to_float(static_cast<uint16_t>(pair >> 16));
-}
+// ---- The products -------------------------------------------------------------------------------
 
 template <int kWords>
 __device__ __forceinline__ void load_words(uint32_t* to, const unsigned char* shared) {
@@ -124,258 +54,12 @@ __device__ __forceinline__ void load_words(uint32_t* to, const unsigned char* sh
   }
 }
 
-/// The row of query row r of the block, in q and out.
-struct RowsOfBlock {
-  int64_t b;
-  int head, first, group, rows;
-  __device__ __forceinline__ int s(int r) const { return (first + r) / group; }
-  __device__ __forceinline__ int query_head(int r) const {
-    return head * group + (first + r) % group;
-  }
-  __device__ __forceinline__ int64_t at(const AttentionArgs& a, int r) const {
-    return (b * a.seq + s(r)) * a.heads + query_head(r);
-  }
-};
-
-/// The queries as B fragments, and what scores are made of them with.
-template <class C>
-struct Queries {
-  static constexpr int kParts = C::kExact ? 2 : 1;
-  static constexpr DType kRaw = C::kExact ? DType::f32 : DType::f16;  // of as many bits as a query
-  static constexpr int kDims = C::kDim / 4;                           // of a row, in one lane
-  Chunk<kRaw> raw[C::kTiles][kDims / kChunk];
-  uint32_t fragment[kParts][C::kTiles][C::kSteps][2];
-  float sum[C::kTiles][2];  // of q, in units of the scores' sums, of the lane's columns
-  float factor;             // of a score
-
-  /// Starts the reads, long before `convert` needs them.
-  __device__ __forceinline__ void load(const AttentionArgs& a, const RowsOfBlock& rows) {
-    const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-#pragma unroll
-    for (int n = 0; n < C::kTiles; ++n) {
-      const int r = n * kMmaColumns + g;
-      const int64_t from = r < rows.rows ? rows.at(a, r) * C::kDim : -1;
-#pragma unroll
-      for (int i = 0; i < kDims; i += kChunk) {
-        constexpr int kVectorDims = C::kKeyVector * C::kWordDims;
-        const int dim = (i / kVectorDims * 4 + t) * kVectorDims + i % kVectorDims;
-        raw[n][i / kChunk] = from >= 0 ? load_chunk<kRaw>(a.q, from + dim) : Chunk<kRaw>{};
-      }
-    }
-  }
-
-  __device__ __forceinline__ void convert(const AttentionArgs& a) {
-    const int t = threadIdx.x % 4;
-    float v[C::kTiles][kDims];
-    float largest = 0.0f;
-#pragma unroll
-    for (int n = 0; n < C::kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < kDims; i += kChunk) {
-        float chunk[kChunk];
-        if (kRaw == DType::f16 && a.dtype == DType::bf16) {
-          Chunk<DType::bf16> same;
-          same.words[0] = raw[n][i / kChunk].words[0];
-          to_floats<DType::bf16>(chunk, same);
-        } else {
-          to_floats<kRaw>(chunk, raw[n][i / kChunk]);
-        }
-#pragma unroll
-        for (int e = 0; e < kChunk; ++e) {
-          v[n][i + e] = chunk[e];
-          const float size = fabsf(chunk[e]);
-          if (size < INFINITY) largest = fmaxf(largest, size);
-        }
-      }
-    }
-    // Floats of one sign order as their bits do.
-    const int bits = warp_max(__float_as_int(largest));
-    const int exponent = min(max((bits >> 23) - kQueryExponent, 1), 253 - kQueryExponent);
-    const float inverse = __int_as_float(exponent << 23);
-    const float unit = __int_as_float((254 - exponent) << 23);
-    factor = a.scale * kLog2e * C::kCodeUnit * inverse;
-#pragma unroll
-    for (int n = 0; n < C::kTiles; ++n) {
-      float total = 0.0f;
-#pragma unroll
-      for (int step = 0; step < C::kSteps; ++step) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          // The entries that meet a.x and a.z of multiply_keys.
-          constexpr int kApart = C::kBits == 4 ? 4 : 2;
-          const int i = C::kBits == 4 ? step / 2 * 8 + step % 2 * 2 + half : step * 4 + half;
-          const float shrink = C::kBits == 4 && half == 1 ? unit / 16 : unit;
-          const float x = v[n][i] * shrink, y = v[n][i + kApart] * shrink;
-          const uint32_t pair = pack_f16x2(x, y);
-          fragment[0][n][step][half] = pair;
-          float kept = half_low(pair) + half_high(pair);
-          if constexpr (C::kExact) {
-            const uint32_t rest = pack_f16x2(x - half_low(pair), y - half_high(pair));
-            fragment[1][n][step][half] = rest;
-            kept += half_low(rest) + half_high(rest);
-          }
-          total += C::kBits == 4 && half == 1 ? 16 * kept : kept;
-        }
-      }
-      total += __shfl_xor_sync(kAllLanes, total, 1);
-      total += __shfl_xor_sync(kAllLanes, total, 2);
-#pragma unroll
-      for (int c = 0; c < 2; ++c)
-        sum[n][c] = __shfl_sync(kAllLanes, total, 4 * (2 * t + c)) / C::kCodeUnit;
-    }
-  }
-};
-
 /// What a key's codes and weight are combined with.
 struct Param {
   float scale;    // of q . code, with everything a score is multiplied by; NaN poisons the key
   float offset;   // -scale * zero
   float v_scale;  // in the warp's unit, finite
   float v_zero;
-};
-
-/// Copies a warp's keys into its ring, one step after the other.
-template <class C>
-class Copier {
- public:
-  __device__ __forceinline__ Copier(const AttentionArgs& a, unsigned char* ring, int b, int head,
-                                    int key, int end)
-      : a_(a), lane_(threadIdx.x % kWarp), key_(key), end_(end) {
-    if constexpr (C::kPaged) {
-      b_ = b, head_ = head;
-    } else {
-      slots_ = (int64_t{b} * static_cast<int>(a.kv_heads) + head) * a.capacity;
-    }
-    ring_ = shared_address(ring);
-    // Chunks of 16 bytes of k_scale, v_scale, k_zero, v_zero: a lane each.
-    const bool scales = lane_ < 2 * kScaleChunks;
-    const int index = scales ? lane_ : lane_ - 2 * kScaleChunks;
-    const int count = scales ? kScaleChunks : kZeroChunks;
-    const bool value = index >= count;
-    const char* base = scales ? reinterpret_cast<const char*>(value ? a.v.scale : a.k.scale)
-                              : reinterpret_cast<const char*>(value ? a.v.zero : a.k.zero);
-    const int chunk = index - (value ? count : 0);
-    raw_half_ = chunk / (scales ? 2 : 1);
-    raw_shift_ = scales ? 1 : 0;
-    raw_step_ = C::kBlockKeys << raw_shift_;
-    raw_ = base + chunk * 16 - (raw_half_ * kPageMultiple << raw_shift_);
-    if constexpr (!C::kPaged) {
-      const int64_t slot = slot_of(key);
-      offset_ = slot * C::kRowBytes + lane_ * 16;
-      raw_ += (slot + raw_half_ * kPageMultiple) << raw_shift_;
-    }
-    aligned_ = __all_sync(kAllLanes, reinterpret_cast<uintptr_t>(raw_) % 16 == 0 ||
-                                         lane_ >= 2 * (kScaleChunks + kZeroChunks));
-  }
-
-  /// Starts the copies of the next step into the next stage, as one group; the keys from `end` on
-  /// become zeros.
-  __device__ __forceinline__ void start() {
-    const uint32_t stage = ring_ + stage_;
-    if constexpr (C::kPaged) {
-      if (key_ < end_) start_paged(stage);
-    } else {
-      if (key_ + C::kKeys <= end_ && aligned_) {
-#pragma unroll
-        for (int i = 0; i < kCopies; ++i) {
-          cp_async_16(stage + place(i), a_.k.codes + offset_ + i * 16 * kWarp);
-          cp_async_16(stage + place(i) + C::kCodeBytes, a_.v.codes + offset_ + i * 16 * kWarp);
-        }
-        if (lane_ < 2 * (kScaleChunks + kZeroChunks)) {
-          cp_async_16(stage + 2 * C::kCodeBytes + lane_ * 16, raw_);
-        }
-      } else if (key_ < end_) {
-        start_partly(stage);
-      }
-      offset_ += C::kBlockKeys * C::kRowBytes;  // the other warps' keys lie between
-      raw_ += raw_step_;
-    }
-    cp_async_commit();
-    key_ += C::kBlockKeys;
-    stage_ = stage_ + C::kStageBytes == kStages * C::kStageBytes ? 0 : stage_ + C::kStageBytes;
-  }
-
- private:
-  static constexpr int kCopies = C::kCodeBytes / 16 / kWarp;
-  static constexpr int kScaleChunks = C::kKeys / 8, kZeroChunks = C::kKeys / 16;
-  static constexpr int kHalves = C::kKeys / static_cast<int>(kPageMultiple);
-  static_assert(kHalves == 1 || kHalves == 2);
-
-  __device__ __forceinline__ int place(int i) const {
-    const int chunk = i * kWarp + lane_;
-    return (chunk ^ C::swizzle(chunk * 16 / C::kRowBytes)) * 16;
-  }
-
-  /// The slot of a key below end_, or -1: the block table names a block that there is not.
-  __device__ __forceinline__ int64_t slot_of(int key) const {
-    if constexpr (C::kPaged) {
-      const TokenPlace at = place_of(a_.pages, a_.kv_heads, a_.capacity, b_, key);
-      return at.first < 0 ? -1 : at.first + head_ * at.apart;
-    } else {
-      return slots_ + key;
-    }
-  }
-
-  __device__ __forceinline__ void start_paged(uint32_t stage) const {
-    int64_t slot[kHalves];  // of the 16 keys from there on
-    bool there = key_ + C::kKeys <= end_ && aligned_;
-#pragma unroll
-    for (int h = 0; h < kHalves; ++h) {
-      const int key = key_ + h * static_cast<int>(kPageMultiple);
-      slot[h] = key < end_ ? slot_of(key) : -1;
-      there = there && slot[h] >= 0;
-    }
-    if (!there) return start_partly(stage);
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const int half = (i * kWarp + lane_) * 16 / C::kRowBytes / static_cast<int>(kPageMultiple);
-      const int64_t from =
-          (half == 0 ? slot[0] : slot[kHalves - 1] - kPageMultiple) * C::kRowBytes +
-          (i * kWarp + lane_) * 16;
-      cp_async_16(stage + place(i), a_.k.codes + from);
-      cp_async_16(stage + place(i) + C::kCodeBytes, a_.v.codes + from);
-    }
-    if (lane_ < 2 * (kScaleChunks + kZeroChunks)) {
-      cp_async_16(stage + 2 * C::kCodeBytes + lane_ * 16,
-                  raw_ + ((raw_half_ == 0 ? slot[0] : slot[kHalves - 1]) << raw_shift_));
-    }
-  }
-
-  /// The same for any keys: some beyond the end, in no block, or at odd addresses.
-  __device__ __forceinline__ void start_partly(uint32_t stage) const {
-#pragma unroll 1
-    for (int i = 0; i < kCopies; ++i) {
-      const int at = (i * kWarp + lane_) * 16, key = key_ + at / C::kRowBytes;
-      const int64_t slot = key < end_ ? slot_of(key) : -1;
-      const int64_t from = slot < 0 ? 0 : slot * C::kRowBytes + at % C::kRowBytes;
-      cp_async_16_or_zero(stage + place(i), a_.k.codes + from, slot >= 0);
-      cp_async_16_or_zero(stage + place(i) + C::kCodeBytes, a_.v.codes + from, slot >= 0);
-    }
-    if (lane_ >= C::kKeys) return;
-    constexpr uint16_t kNaN16 = 0x7e00;  // whoever sees a key in no block shall know
-    const bool in = key_ + lane_ < end_;
-    const int64_t slot = in ? slot_of(key_ + lane_) : -1;
-    const uint16_t none = in ? kNaN16 : uint16_t{0};
-    unsigned char* raw =
-        dynamic_shared() + (stage - shared_address(dynamic_shared())) + 2 * C::kCodeBytes;
-    auto* scales = reinterpret_cast<uint16_t*>(raw);
-    scales[lane_] = slot >= 0 ? a_.k.scale[slot] : none;
-    scales[C::kKeys + lane_] = slot >= 0 ? a_.v.scale[slot] : none;
-    unsigned char* zeros = raw + C::kKeys * 4;
-    zeros[lane_] = slot >= 0 ? a_.k.zero[slot] : uint8_t{0};
-    zeros[C::kKeys + lane_] = slot >= 0 ? a_.v.zero[slot] : uint8_t{0};
-  }
-
-  const AttentionArgs& a_;
-  int b_, head_;     // of a paged cache
-  int64_t slots_;    // else the first of the sequence and head,
-  int64_t offset_;   // and where the lane's first chunk is in the codes
-  const char* raw_;  // the lane's chunk, in a paged cache that of slot 0
-  int raw_step_, raw_half_, raw_shift_;
-  int lane_, key_, end_;
-  int stage_ = 0;
-  uint32_t ring_;
-  bool aligned_;
 };
 
 /// Masked code bits as a pair of fp16.
@@ -520,6 +204,8 @@ __device__ __forceinline__ float column_sum(float v) {
   return v;
 }
 
+// ---- The step -----------------------------------------------------------------------------------
+
 /// A warp's running result for its columns, rows 2 t and 2 t + 1 of each tile.
 template <class C>
 struct Running {
@@ -551,15 +237,17 @@ struct Running {
   }
 };
 
-/// The parameters of the lane's key; moves the unit of the values if its scale exceeds it.
+/// The parameters of the lane's key, of `count` that there are; moves the unit of the values if its
+/// scale exceeds it.
 template <class C>
-__device__ __forceinline__ Param make_param(Running<C>& r, const unsigned char* raw, float factor) {
+__device__ __forceinline__ Param make_param(Running<C>& r, const unsigned char* raw, float factor,
+                                            int count) {
   const int key = threadIdx.x % C::kKeys;
   const auto* scales = reinterpret_cast<const uint16_t*>(raw);
   const unsigned char* zeros = raw + C::kKeys * 4;
   float v_scale = f16_to_float(scales[C::kKeys + key]);
   const float poison = v_scale - v_scale;  // 0, or NaN where it is not finite
-  if (poison != 0.0f) v_scale = 0.0f;
+  if (poison != 0.0f || key >= count) v_scale = 0.0f;
   if (__any_sync(kAllLanes, v_scale * r.value_unit > 1.0f)) {
     const int bits = warp_max(__float_as_int(v_scale));
     const float unit = __int_as_float((253 - (bits >> 23)) << 23);  // v_scale * unit in [1/2, 1)
@@ -576,40 +264,6 @@ __device__ __forceinline__ Param make_param(Running<C>& r, const unsigned char* 
           static_cast<float>(zeros[C::kKeys + key])};
 }
 
-/// Which keys of a step the lane's columns see, where not all are seen.
-template <class C>
-struct Sight {
-  uint32_t bits[C::kTiles][2];  // bit k: key k of the step
-
-  __device__ __forceinline__ void find(const AttentionArgs& a, const RowsOfBlock& rows, int key,
-                                       int length) {
-    const int lane = threadIdx.x % kWarp, t = lane % 4;
-    uint32_t seen = 0;
-#pragma unroll 1  // rare, and long
-    for (int row = 0; row < C::kRows; ++row) {
-      const int s = rows.s(row);
-      if (row < rows.rows &&
-          (row == 0 || a.mask_head_stride != 0 || (rows.first + row) % rows.group == 0)) {
-        const int limit = length - static_cast<int>(a.seq) + s + 1;
-        bool visible = key + lane < limit && key + lane >= limit - static_cast<int>(a.window);
-        if (a.mask != nullptr && visible) {
-          visible =
-              key + lane < a.mask_keys &&
-              a.mask[rows.b * a.mask_batch_stride + rows.query_head(row) * a.mask_head_stride +
-                     s * a.mask_seq_stride + key + lane];
-        }
-        seen = __ballot_sync(kAllLanes, visible);
-      }
-#pragma unroll
-      for (int n = 0; n < C::kTiles; ++n) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c)
-          if (row == n * kMmaColumns + 2 * t + c) bits[n][c] = seen;
-      }
-    }
-  }
-};
-
 /// One step: kKeys keys from `key` on, whose codes are in `stage`.
 template <class C>
 __device__ __forceinline__ void attend(Running<C>& r, const AttentionArgs& a, const Queries<C>& q,
@@ -617,7 +271,7 @@ __device__ __forceinline__ void attend(Running<C>& r, const AttentionArgs& a, co
                                        const unsigned char* stage, Param* params, int key,
                                        int length, bool all_seen) {
   const int lane = threadIdx.x % kWarp, g = lane / 4;
-  const Param mine = make_param(r, stage + 2 * C::kCodeBytes, q.factor);
+  const Param mine = make_param(r, stage + 2 * C::kCodeBytes, q.factor, length - key);
   if (lane < C::kKeys) params[lane] = mine;
   float scores[C::kKeyTiles][C::kTiles][4] = {};
 #pragma unroll

@@ -145,8 +145,8 @@ __device__ __forceinline__ void multiply_planes(float (&acc)[kRowTiles][8][4], c
                                                 const uint32_t* signs, uint32_t from,
                                                 uint32_t zeros) {
   const int row = threadIdx.x % 16;
-  const auto multiply_step = [&](auto first, int step, const uint32_t* sign, uint32_t at) {
-    const uint32_t bits = *sign;
+  const auto multiply_step = [&](auto first, auto plane, auto planes, int step) {
+    const uint32_t bits = signs[step * kWarp];
     uint4 a[kRowTiles];
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
@@ -155,37 +155,42 @@ __device__ __forceinline__ void multiply_planes(float (&acc)[kRowTiles][8][4], c
       };
       a[i] = {word(0), word(1), word(2), word(3)};
     }
-    if (step * 16 + row >= p.order) at = zeros;
+    const bool beyond = step * 16 + row >= p.order;
+    const int plane_bytes = beyond ? 0 : p.plane_bytes;
+    uint32_t at = beyond ? zeros : from + static_cast<uint32_t>(step * 16 * p.raw_pitch);
+    at += static_cast<uint32_t>(plane * plane_bytes);
 #pragma unroll
-    for (int j = 0; j < 8; j += 2) {
-      uint32_t b[4];
-      ldmatrix_x4_trans(b, at + static_cast<uint32_t>(j * kChunk * 2));
+    for (int o = 0; o < planes; ++o, at -= static_cast<uint32_t>(plane_bytes)) {
 #pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        if (first) {
-          mma_first<kDtype>(acc[i][j], a[i], b[0], b[1]);
-          mma_first<kDtype>(acc[i][j + 1], a[i], b[2], b[3]);
-        } else {
-          mma<kDtype>(acc[i][j], a[i], b[0], b[1]);
-          mma<kDtype>(acc[i][j + 1], a[i], b[2], b[3]);
+      for (int j = 0; j < 8; j += 2) {
+        uint32_t b[4];
+        ldmatrix_x4_trans(b, at + static_cast<uint32_t>(j * kChunk * 2));
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+          if (first && o == 0) {
+            mma_first<kDtype>(acc[i][j], a[i], b[0], b[1]);
+            mma_first<kDtype>(acc[i][j + 1], a[i], b[2], b[3]);
+          } else {
+            mma<kDtype>(acc[i][j], a[i], b[0], b[1]);
+            mma<kDtype>(acc[i][j + 1], a[i], b[2], b[3]);
+          }
         }
       }
     }
   };
-  const auto multiply = [&](auto first, uint32_t at) {
-    const uint32_t* sign = signs;
-    if (first) multiply_step(first, 0, sign, at);
+  const auto multiply = [&](auto first, auto plane, auto planes) {
+    if (first) multiply_step(first, plane, planes, 0);
 #pragma unroll 1
-    for (int step = first ? 1 : 0; step < p.steps; ++step) {
-      multiply_step(std::false_type{}, step, sign + step * kWarp,
-                    at + static_cast<uint32_t>(step * 16 * p.raw_pitch));
-    }
+    for (int step = first ? 1 : 0; step < p.steps; ++step)
+      multiply_step(std::false_type{}, plane, planes, step);
   };
-  // The small ones first: then sums are rounded less.
-  multiply(std::true_type{}, from + static_cast<uint32_t>((kPlanes - 1) * p.plane_bytes));
-#pragma unroll 1
-  for (int plane = kPlanes - 2; plane >= 0; --plane)
-    multiply(std::false_type{}, from + static_cast<uint32_t>(plane * p.plane_bytes));
+  // The small ones first: tensor cores cut what they add to, so that large sums lose a bit a step.
+  using std::integral_constant;
+  constexpr int kSmall = kPlanes > 1 ? kPlanes - 1 : 1;
+  multiply(std::true_type{}, integral_constant<int, kPlanes - 1>{},
+           integral_constant<int, kSmall>{});
+  if constexpr (kPlanes > 1)
+    multiply(std::false_type{}, integral_constant<int, 0>{}, integral_constant<int, 1>{});
 }
 
 /// Bits 0, 3, 4 and 5 of the columns.
@@ -301,6 +306,8 @@ __global__ void __launch_bounds__(max_threads(kRowTiles), 1)
     return static_cast<uint32_t>(k * p.raw_pitch + (row * kSegment + column * kChunk) * 2);
   };
   constexpr bool kLinear = kBits >= 6;
+  constexpr int kLine = kBits > 8 ? 1 << (kBits - 8) : 1;   // chunks of a thread in a row
+  constexpr int kLines = kBits < 8 ? 1 << (8 - kBits) : 1;  // rows from one to the next
   uint32_t places[kLinear ? 1 : kUnits];
 #pragma unroll
   for (int j = 0; j < (kLinear ? 1 : kUnits); ++j)
@@ -309,8 +316,6 @@ __global__ void __launch_bounds__(max_threads(kRowTiles), 1)
     if constexpr (!kLinear) {
       return places[j];
     } else {
-      constexpr int kLine = kBits > 8 ? 1 << (kBits - 8) : 1;   // chunks of a thread in a row
-      constexpr int kLines = kBits < 8 ? 1 << (8 - kBits) : 1;  // rows from one to the next
       return places[0] + static_cast<uint32_t>(j / kLine * kLines * p.raw_pitch +
                                                j % kLine * kWarp * kChunk * 2);
     }
@@ -334,16 +339,27 @@ __global__ void __launch_bounds__(max_threads(kRowTiles), 1)
   /// The thread's own chunks: inputs -> planes.
   const auto prepare = [&](int tile) {
     const int units = units_of(tile);
-#pragma unroll
+    uint32_t at = place(0);
+    // One at a time: of few rows nearly all of the time was taken by fetching instructions.
+    constexpr int kTogether = kLinear ? 1 : kUnits;
+#pragma unroll kTogether
     for (int j = 0; j < kUnits; ++j) {
-      if (j * kWarp >= units) continue;
-      float v[kChunk];
-      uint4 in[kInputs];
+      if (j * kWarp < units) {
+        float v[kChunk];
+        uint4 in[kInputs];
 #pragma unroll
-      for (int i = 0; i < kInputs; ++i) in[i] = load_shared(place(j) + i * p.plane_bytes);
-      source.values(v, in);
+        for (int i = 0; i < kInputs; ++i) in[i] = load_shared(at + i * p.plane_bytes);
+        source.values(v, in);
 #pragma unroll
-      for (int o = 0; o < kPlanes; ++o) store_shared(place(j) + o * p.plane_bytes, take_bf16(v));
+        for (int o = 0; o < kPlanes; ++o) store_shared(at + o * p.plane_bytes, take_bf16(v));
+      }
+      if constexpr (kLinear) {
+        at += static_cast<uint32_t>((j + 1) % kLine != 0
+                                        ? kWarp * kChunk * 2
+                                        : kLines * p.raw_pitch - (kLine - 1) * kWarp * kChunk * 2);
+      } else if (j + 1 < kUnits) {
+        at = places[j + 1];
+      }
     }
   };
   const auto sync = [&] {  // barriers with numbers known at run time would be 16 a block

@@ -132,6 +132,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   const uint32_t ring_weights = wn * C::kWeightBytes + lane * kLaneBytes;
   const uint32_t ring_tokens = C::kWarpsN * C::kWeightBytes;
 
+  // Weights that only one block reads would drive what the kernels between two linears need out of
+  // the L2: their instructions above all.
+  const uint64_t hint = l2_hint(token_blocks == 1);
   // Columns beyond the end get weights of zero; those beyond k the tokens of 32 columns before.
   const auto copy = [&](int stage) {
     const uint32_t slot = ring + (stage & (C::kStages - 1)) * C::kStageBytes;
@@ -144,7 +147,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
 #pragma unroll
         for (int i = 0; i < C::kRowTiles; ++i) {
           cp_async_16_or_zero(slot + ring_weights + (j * C::kRowTiles + i) * kTileBytes,
-                              weights[i] + int64_t{at} * kTileBytes, valid);
+                              weights[i] + int64_t{at} * kTileBytes, valid, hint);
         }
         int column = at * kTileColumns + lane / kTileTokens * kPieceColumns;
         if (column >= k) column -= kStepColumns;
@@ -173,7 +176,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     if (count > 0) {
       bulk_prefetch_l2(
           static_cast<const uint8_t*>(a.w) + (int64_t{tile} * k_tiles + begin) * kTileBytes,
-          count * kTileBytes);
+          count * kTileBytes, hint);
     }
   }
   if (!kGrouped && threadIdx.x < C::kBlockTiles) {

@@ -30,7 +30,21 @@ __device__ __forceinline__ void cp_async_wait_all() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+/// A hint for the L2: what is read with it leaves first, or as ever.
+__device__ __forceinline__ uint64_t l2_hint(bool leaves_first) {
+  uint64_t first, normal;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
+  return leaves_first ? first : normal;
+}
 /// cp_async_16, or zeros where `valid` is false (nothing is read then).
+__device__ __forceinline__ void cp_async_16_or_zero(uint32_t shared, const void* global, bool valid,
+                                                    uint64_t hint) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared),
+               "l"(global), "r"(valid ? 16 : 0), "l"(hint)
+               : "memory");
+}
+/// The same without a hint.
 __device__ __forceinline__ void cp_async_16_or_zero(uint32_t shared, const void* global,
                                                     bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
@@ -283,6 +297,14 @@ __device__ __forceinline__ void bulk_prefetch_l2(const void* global, int bytes) 
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 #endif
 }
+/// The same with a hint.
+__device__ __forceinline__ void bulk_prefetch_l2(const void* global, int bytes, uint64_t hint) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(global),
+               "r"(bytes), "l"(hint)
+               : "memory");
+#endif
+}
 
 // ---- sm_90a: asynchronous copies, barriers in shared memory, warpgroups -------------------------
 //
@@ -326,12 +348,21 @@ __device__ __forceinline__ void store_cluster(uint32_t cluster, const int4& v) {
                "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
-/// Stores a word asynchronously: completes 4 bytes on `barrier` of that block.
-__device__ __forceinline__ void store_cluster_async(uint32_t cluster, uint32_t barrier, float v) {
+/// Stores asynchronously: completes 16 or 8 bytes on `barrier` of that block.
+__device__ __forceinline__ void store_cluster_async(uint32_t cluster, uint32_t barrier,
+                                                    const float4& v) {
   asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
-          cluster),
-      "f"(v), "r"(barrier)
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(cluster),
+      "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void store_cluster_async(uint32_t cluster, uint32_t barrier,
+                                                    const float2& v) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, "
+      "[%3];" ::"r"(cluster),
+      "f"(v.x), "f"(v.y), "r"(barrier)
       : "memory");
 }
 

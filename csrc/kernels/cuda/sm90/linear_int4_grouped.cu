@@ -3,6 +3,8 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "kernels/cuda/device/launch.cuh"
 #include "kernels/cuda/device/ptx.cuh"
 #include "kernels/cuda/sm90/linear_int4_grouped.cuh"
@@ -39,12 +41,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     __syncwarp();
   } else {
     registers_take<C::kRegisters>();
-    const uint32_t thread = threadIdx.x % kGroupThreads;
-    if constexpr (C::kStrips > 1) {
-      Tiles<C>{{p, shared, group, thread}, {}}.run();
-    } else {
-      Relay<C>{{p, shared, group, thread}}.run();
-    }
+    using Kind = std::conditional_t<(C::kStrips > 1), Strips<C>, Relay<C>>;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const uint32_t empty = cluster_address(shared + C::kEmptyAt, min(lane, p.pair - 1));
+    Kind{{p, shared, group, threadIdx.x % kGroupThreads, empty}}.run();
   }
   // Another block may still copy to this one, or arrive here.
   cluster_arrive();
@@ -67,7 +67,7 @@ bool is_compiled_for_device() {
   static const bool compiled = [] {
     cudaFuncAttributes attributes{};
     const cudaError_t status =
-        cudaFuncGetAttributes(&attributes, &linear_int4_grouped_kernel<TilesConfig<1>>);
+        cudaFuncGetAttributes(&attributes, &linear_int4_grouped_kernel<RelayConfig<16, 1>>);
     if (status != cudaSuccess) cudaGetLastError();
     return status == cudaSuccess && attributes.binaryVersion == 90 && attributes.ptxVersion == 90;
   }();
@@ -81,6 +81,7 @@ void run(const LinearInt4Args& args, Stream stream) {
   p.args = args;
   p.pair = C::kStrips > 1 && channel_tiles % 2 == 0 ? 2 : 1;
   p.stages = static_cast<int>(ceil_div(args.k, kColumns));
+  p.group_steps = static_cast<int>(args.k / args.groups / (C::kHalves * kHalfColumns));
   p.channel_tiles = static_cast<int>(channel_tiles / p.pair);
   p.token_tiles = static_cast<int>(ceil_div(args.m, C::kTokens));
   p.set_tiles = FastDiv(kTokenTiles * p.channel_tiles);
@@ -120,28 +121,38 @@ void run(const LinearInt4Args& args, Stream stream) {
   QUAROT_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p));
 }
 
+using Launch = void (*)(const LinearInt4Args&, Stream);
+
 /// How a kernel is launched, and what it was measured to take on an H200, in cycles: for a stage of
 /// columns in one group and in two, and for the rest of a tile.
 struct Choice {
   int tokens, channels;  // of a tile
   int64_t stage[2], tile;
-  void (*launch[2])(const LinearInt4Args&, Stream);
+  Launch whole, halves, other;  // groups of whole stages or of one, of half of one, others
 };
-template <template <int> class Config, int kTokens, int kChannels>
-constexpr Choice choice(int64_t one, int64_t two, int64_t tile) {
-  return {kTokens, kChannels, {one, two}, tile, {&run<Config<2>>, &run<Config<1>>}};
+template <int kTokens>
+constexpr Choice relay(int64_t one, int64_t two) {
+  return {kTokens,
+          kGroupChannels,
+          {one, two},
+          4000,
+          &run<RelayConfig<kTokens, 2>>,
+          &run<RelayConfig<kTokens, 1>>,
+          &run<RelayConfig<kTokens, 1>>};
 }
-template <int kHalves>
-using Relay16 = RelayConfig<16, kHalves>;
-template <int kHalves>
-using Relay32 = RelayConfig<32, kHalves>;
-template <int kHalves>
-using Relay64 = RelayConfig<64, kHalves>;
+template <int kTokens>
+constexpr Choice strips(int64_t one, int64_t two) {
+  return {kTokens,
+          2 * kGroupChannels,
+          {one, two},
+          4000,
+          &run<StripsConfig<kTokens, 2, false>>,
+          &run<StripsConfig<kTokens, 1, false>>,
+          &run<StripsConfig<kTokens, 1, true>>};
+}
 constexpr Choice kChoices[] = {
-    choice<Relay16, 16, 64>(415, 770, 4000),
-    choice<Relay32, 32, 64>(455, 830, 4000),
-    choice<Relay64, 64, 64>(585, 1060, 4000),
-    choice<TilesConfig, 64, 256>(1280, 1960, 4000),
+    relay<16>(415, 770),   relay<32>(455, 830),     relay<64>(585, 1060),
+    strips<64>(880, 1390), strips<128>(1285, 2090),
 };
 
 /// The choice of the fewest cycles: waves of tiles times what each takes.
@@ -150,8 +161,6 @@ const Choice& choice_of(const LinearInt4Args& args, bool halves) {
   const Choice* best = nullptr;
   int64_t fewest = 0;
   for (const Choice& c : kChoices) {
-    // Half a stage a group, or more than half but not whole ones: only turns can have those.
-    if (c.channels > kGroupChannels && halves && args.k / args.groups != kHalfColumns) continue;
     const int64_t tiles = ceil_div(args.m, c.tokens) * ceil_div(args.n, c.channels);
     const int64_t cycles = ceil_div(tiles, processors) * (stages * c.stage[halves] + c.tile);
     if (best != nullptr && cycles >= fewest) continue;
@@ -166,13 +175,14 @@ const Choice& choice_of(const LinearInt4Args& args, bool halves) {
 bool linear_int4_grouped_fits(const LinearInt4Args& args) {
   return args.groups > 1 && args.m >= 1 && args.n >= 1 && args.m < kMaxRows && args.n < kMaxRows &&
          args.k < kMaxK && args.k / args.groups % kHalfColumns == 0 && aligned16(args.x) &&
-         aligned16(args.w) && aligned16(args.w_scale) &&
-         (args.x_zero == nullptr || aligned16(args.w_sum)) && is_compiled_for_device();
+         aligned16(args.w) && is_compiled_for_device();
 }
 
 void linear_int4_grouped(const LinearInt4Args& args, Stream stream) {
-  const bool halves = args.k / args.groups % kColumns != 0;
-  choice_of(args, halves).launch[halves](args, stream);
+  const int64_t group = args.k / args.groups;
+  const Choice& c = choice_of(args, group < kColumns);
+  const bool whole = group == kColumns || (c.channels == kGroupChannels && group % kColumns == 0);
+  (whole ? c.whole : group == kHalfColumns ? c.halves : c.other)(args, stream);
 }
 
 }  // namespace quarot::cuda

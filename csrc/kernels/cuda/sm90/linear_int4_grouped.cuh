@@ -3,11 +3,11 @@
 // both kinds of kernels share a layout, the ring and the way to an output.
 //
 // At the end of a group its sums are converted, scaled twice and added up in fp32, in the order of
-// the definition: four instructions a sum. So instructions count:
+// the definition: four instructions a sum, which is what counts:
 //
-//     many tokens (Tiles)  A block makes tiles of 256 channels x 64 tokens; two warpgroups have 128
-//                          channels each, so that the tokens' scales stay in registers. While one
-//                          converts, the other multiplies.
+//     many tokens (Strips) A block makes tiles of 128 channels x 128 or 64 tokens; two warpgroups
+//                          have 64 channels each. Of the two halves of its tokens a warpgroup
+//                          converts one while the other is multiplied.
 //     few tokens (Relay)   A block makes tiles of 64 channels x 16, 32 or 64 tokens; four
 //                          warpgroups take turns along the columns, a group each. Each scales its
 //                          group's sums, waits for the sum of all groups before, adds its own, and
@@ -16,7 +16,11 @@
 //
 // A thread of a further warpgroup fills a ring of stages of 128 columns with the copy engine.
 //
-// Bound: many tokens, the instructions of the conversions; few, memory and the chain of turns.
+// Bound: many tokens, tensor cores and instructions together. A scheduler that issues an
+// instruction each cycle keeps wgmma waiting: measured on an H200, the share of time that the
+// tensor cores are busy and the instructions a cycle add up to 1.0 to 1.1. A stage of a tile of 128
+// x 128 takes 512 cycles of tensor cores and 2 x 370 instructions a scheduler, and was measured to
+// take 1285. Few tokens: the chain of turns, so that a turn is only what has to be in order.
 #pragma once
 
 #include <cuda.h>
@@ -45,12 +49,12 @@ constexpr int kPieceTokens = 16;  // of a box that the copy engine stores
 constexpr int kPieceBytes = kPieceTokens * kGroupChannels * 2;
 constexpr int kBlock = 8;  // sums of a thread that are worked on together: 16 tokens, two channels
 
-/// Sizes, and the layout of shared memory from a multiple of the swizzle's 1024 bytes. A strip is
-/// 64 channels; a group is a multiple of kHalves halves of a stage.
+/// Sizes, and the layout of shared memory from a multiple of the swizzle's 1024 bytes. A group is
+/// a multiple of kHalves halves of a stage.
 template <int kTokens_, int kStrips_, int kWarpgroups_, int kHalves_, int kStages_>
 struct Layout {
   static constexpr int kTokens = kTokens_;
-  static constexpr int kStrips = kStrips_;          // of a tile
+  static constexpr int kStrips = kStrips_;          // of a tile, of 64 channels
   static constexpr int kWarpgroups = kWarpgroups_;  // that multiply
   static constexpr int kHalves = kHalves_;
   static constexpr int kStages = kStages_;
@@ -63,10 +67,9 @@ struct Layout {
 
   static constexpr int kTokenBytes = kTokens * kColumns;
   static constexpr int kWeightBytes = kChannels / kStrip * kStripBytes;
-  static constexpr int kBoxes = kStrips > kWarpgroups ? kStrips : kWarpgroups;
   static constexpr int kWeightsAt = kStages * kTokenBytes;
   static constexpr int kBoxesAt = kWeightsAt + kStages * kWeightBytes;
-  static constexpr int kFactorsAt = kBoxesAt + kBoxes * kPieces * kPieceBytes;
+  static constexpr int kFactorsAt = kBoxesAt + kWarpgroups * kPieces * kPieceBytes;
   static constexpr int kFactorBytes = 2 * kTokens * 4;  // scales and zeros: of a warpgroup
   static constexpr int kFullAt = kFactorsAt + kWarpgroups * kFactorBytes;
   static constexpr int kEmptyAt = kFullAt + kStages * 8;
@@ -74,18 +77,13 @@ struct Layout {
   static constexpr int kRestAt = (kResidualAt + kWarpgroups * 8 + 15) & ~15;
 };
 
-/// Many tokens.
-template <int kHalves>
-struct TilesConfig : Layout<64, 4, 2, kHalves, 7> {
-  using Base = Layout<64, 4, 2, kHalves, 7>;
-  static constexpr int kStripsEach = 2;                             // of a warpgroup
+/// Many tokens. kLong: groups of several steps.
+template <int kTokens, int kHalves, bool kLong_>
+struct StripsConfig : Layout<kTokens, 2, 2, kHalves, kTokens == 128 ? 7 : 8> {
+  using Base = Layout<kTokens, 2, 2, kHalves, kTokens == 128 ? 7 : 8>;
+  static constexpr bool kLong = kLong_;
   static constexpr int kEmptyArrivals = 2 * kGroupThreads / kWarp;  // of a block of the cluster
-  // Weight scales and sums of codes of kFetchGroups groups are fetched together, into two buffers.
-  static constexpr int kFetchGroups = 4;
-  static constexpr int kFetchBytes = kFetchGroups * kGroupThreads * 4;
-  static constexpr int kScalesAt = Base::kRestAt;
-  static constexpr int kSumsAt = kScalesAt + 2 * 2 * kFetchBytes;
-  static constexpr int kSharedBytes = kSwizzleBytes + kSumsAt + 2 * 2 * kFetchBytes;
+  static constexpr int kSharedBytes = kSwizzleBytes + Base::kRestAt;
   static_assert(kSharedBytes <= prefill::kBlockSharedBytes);
 };
 
@@ -111,6 +109,7 @@ struct Params {
   FastDiv last_tokens;  // token tiles of the last set
   int pair;             // blocks of a cluster: neighbouring channels, the same tokens
   int stages;           // of k
+  int group_steps;      // of kHalves halves of a stage
   bool boxes;           // outputs of 16 bits leave through the copy engine
   bool load_boxes;      // and the residual comes through it
 };
@@ -181,6 +180,7 @@ struct Worker {
   uint32_t shared;  // the block's
   int group;        // the warpgroup
   uint32_t thread;  // in the warpgroup
+  uint32_t empty;   // the ring's barriers that this lane, below `pair`, arrives at
 
   __device__ __forceinline__ int warp() const { return static_cast<int>(thread) / kWarp; }
   __device__ __forceinline__ int lane() const { return static_cast<int>(thread) % kWarp; }
@@ -195,9 +195,7 @@ struct Worker {
   }
   /// This warp needs the stage no more, nor does any block that copies to it have to wait for it.
   __device__ __forceinline__ void release_stage(int stage) const {
-    if (lane() < p.pair) {
-      mbarrier_arrive(cluster_address(shared + C::kEmptyAt + stage * 8, lane()));
-    }
+    if (lane() < p.pair) mbarrier_arrive(empty + stage * 8);
   }
   /// This thread's weights of half of a stage.
   __device__ __forceinline__ uint4 weights(int stage, int half, int strip) const {
@@ -215,50 +213,69 @@ struct Worker {
   }
   /// Of the four, the one of element i of a block.
   __device__ __forceinline__ static constexpr int of_four(int i) { return i / 4 * 2 + i % 2; }
-  /// Shared [2][kTokens] of this warpgroup: scales / 16, zeros.
-  __device__ __forceinline__ float* factors() const {
-    return reinterpret_cast<float*>(
-        shared_pointer(shared + C::kFactorsAt + group * C::kFactorBytes));
+  /// Shared [2][kTokens] of this warpgroup: scales, zeros.
+  __device__ __forceinline__ uint32_t factors() const {
+    return shared + C::kFactorsAt + group * C::kFactorBytes;
   }
-  __device__ __forceinline__ void load_scales(float (&s_x)[4], int b) const {
-    const float4 four = *reinterpret_cast<const float4*>(factors() + b * 16 + lane() % 4 * 4);
-    s_x[0] = four.x;
-    s_x[1] = four.y;
-    s_x[2] = four.z;
-    s_x[3] = four.w;
+  __device__ __forceinline__ uint4 four_of(int which, int b) const {
+    return load_shared(factors() + which * C::kTokens * 4 + b * 64 + lane() % 4 * 16);
   }
-
-  __device__ __forceinline__ void share_tokens(const Tile& tile) const {
-    if (thread < C::kTokens) {
-      const int slot = slot_of(static_cast<int>(thread));
-      const int token = min(tile.token + static_cast<int>(thread), static_cast<int>(p.args.m) - 1);
-      // Sums are converted as they are, 16 * acc; exact unless the scale is below 2^-122.
-      factors()[slot] = p.args.x_scale[token] * (1.0f / (1 << kWidenShift));
-      const int zero = p.args.x_zero == nullptr ? 0 : p.args.x_zero[token];
-      factors()[C::kTokens + slot] = __int_as_float(zero << kWidenShift);
-    }
+  /// Begins to copy them.
+  __device__ __forceinline__ void fetch_factors(const Tile& tile) const {
+    if (thread >= C::kTokens) return;
+    const int token = min(tile.token + static_cast<int>(thread), static_cast<int>(p.args.m) - 1);
+    const uint32_t to = factors() + slot_of(static_cast<int>(thread)) * 4;
+    cp_async_l1<4>(to, p.args.x_scale + token);
+    if (p.args.x_zero != nullptr) cp_async_l1<4>(to + C::kTokens * 4, p.args.x_zero + token);
+  }
+  __device__ __forceinline__ void await_factors() const {
+    cp_async_wait_all();
     sync();
   }
 
-  /// sums -= 16 * zero * w_sum.
-  __device__ __forceinline__ void subtract_zeros(int (&sums)[kSums], const int (&w_sum)[2]) const {
+  /// Where the weights' scales of this thread's channels of a strip are.
+  __device__ __forceinline__ void find_rows(const float* (&rows)[2], const Tile& strip) const {
 #pragma unroll
-    for (int b = 0; b < kSums / kBlock; ++b) {
-      const int4 four =
-          *reinterpret_cast<const int4*>(factors() + C::kTokens + b * 16 + lane() % 4 * 4);
-      const int z[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-      for (int i = 0; i < kBlock; ++i) sums[b * kBlock + i] -= z[of_four(i)] * w_sum[i / 2 % 2];
+    for (int h = 0; h < 2; ++h) {
+      const int channel =
+          min(strip.channel + first_channel() + 8 * h, static_cast<int>(p.args.n) - 1);
+      rows[h] = p.args.w_scale + channel * p.args.groups;
     }
   }
 
-  /// (acc * s_x) * s_w of a block. Step by step: a chain would wait.
-  __device__ __forceinline__ static void scale_block(float (&v)[kBlock], const int* sums,
-                                                     const float (&s_x)[4], const float (&s_w)[2]) {
+  /// sums -= 16 * zero * w_sum of group g; sums are those of the blocks from `first` on.
+  template <int kCount>
+  __device__ __forceinline__ void subtract_zeros(int (&sums)[kCount], int first, int g,
+                                                 const float* const (&rows)[2]) const {
+    int w_sum[2];
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) v[i] = static_cast<float>(sums[i]);
+    for (int h = 0; h < 2; ++h) {
+      w_sum[h] = p.args.w_sum[rows[h] - p.args.w_scale + g] << kWidenShift;
+    }
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) v[i] = __fmul_rn(v[i], s_x[of_four(i)]);
+    for (int b = 0; b < kCount / kBlock; ++b) {
+      const uint4 four = four_of(1, first + b);
+      const uint32_t z[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) {
+        sums[b * kBlock + i] -= static_cast<int>(z[of_four(i)]) * w_sum[i / 2 % 2];
+      }
+    }
+  }
+
+  /// What takes 16 * acc to acc: exact unless the scale is below 2^-122.
+  __device__ __forceinline__ static float unwiden(float s_w) {
+    return s_w * (1.0f / (1 << kWidenShift));
+  }
+  /// (acc * s_x) * s_w of block b. Step by step: a chain would wait.
+  __device__ __forceinline__ void scale_block(float (&v)[kBlock], const int* sums, int b,
+                                              const float (&s_w)[2]) const {
+    const uint4 four = four_of(0, b);
+    const uint32_t s_x[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      v[i] = __fmul_rn(static_cast<float>(sums[i]), __uint_as_float(s_x[of_four(i)]));
+    }
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) v[i] = __fmul_rn(v[i], s_w[i / 2 % 2]);
   }
@@ -269,15 +286,15 @@ struct Worker {
   __device__ __forceinline__ int token_of(int b, int i) const {
     return 2 * kBlock * b + i / 4 * 8 + lane() % 4 * 2 + i % 2;
   }
-  __device__ __forceinline__ uint32_t box(int number, int piece) const {
-    return shared + C::kBoxesAt + (number * C::kPieces + piece) * kPieceBytes;
+  __device__ __forceinline__ uint32_t box(int piece) const {
+    return shared + C::kBoxesAt + (group * C::kPieces + piece) * kPieceBytes;
   }
   /// This lane's row of the four 8x8 matrices of its warp in a box: a token's 64 channels are 128
   /// bytes, in the 128-byte swizzle.
-  __device__ __forceinline__ uint32_t box_row(int number, int piece) const {
+  __device__ __forceinline__ uint32_t box_row(int piece) const {
     const int row = lane() / 16 * 8 + lane() % 8;
     const int chunk = warp() * 2 + lane() / 8 % 2;
-    return box(number, piece) + row * 128 + ((chunk ^ row % 8) << 4);
+    return box(piece) + row * 128 + ((chunk ^ row % 8) << 4);
   }
 
   __device__ __forceinline__ void load_bias(float (&bias)[2], const Tile& strip) const {
@@ -288,21 +305,27 @@ struct Worker {
     }
   }
 
-  /// Begins to copy the residual of a piece to its box; by one thread, after mbarrier_expect.
-  __device__ __forceinline__ void fetch_piece(const Tile& strip, int number, int piece) const {
-    tma_load(box(number, piece), &p.residual, strip.channel, strip.token + piece * kPieceTokens,
-             shared + C::kResidualAt + group * 8);
+  /// Begins to copy the residual, once the last tile's outputs have left the boxes.
+  __device__ __forceinline__ void fetch_residual(const Tile& strip) const {
+    if (!p.load_boxes || thread != 0) return;
+    const uint32_t barrier = shared + C::kResidualAt + group * 8;
+    tma_store_wait_read<0>();
+    mbarrier_expect(barrier, C::kPieces * kPieceBytes);
+#pragma unroll 1
+    for (int i = 0; i < C::kPieces; ++i) {
+      tma_load(box(i), &p.residual, strip.channel, strip.token + i * kPieceTokens, barrier);
+    }
   }
 
   /// Adds bias and residual and rounds, to the box.
-  __device__ __forceinline__ void finish_box(float (&v)[kBlock], int b, const float (&bias)[2],
-                                             int number) const {
+  __device__ __forceinline__ void finish_box(float (&v)[kBlock], int b,
+                                             const float (&bias)[2]) const {
     const LinearInt4Args& args = p.args;
     if (args.bias != nullptr) {
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) v[i] = __fadd_rn(v[i], bias[i / 2 % 2]);
     }
-    const uint32_t row = box_row(number, b);
+    const uint32_t row = box_row(b);
     uint32_t words[kBlock / 2];  // two tokens each
     if (p.load_boxes) {
       ldmatrix_x4_trans(words, row);
@@ -327,9 +350,9 @@ struct Worker {
   /// The same of any type, any n: one by one, in a loop, since as straight code it would fill the
   /// instruction cache. The box holds the block.
   __device__ __forceinline__ void finish_elements(const float (&v)[kBlock], int b,
-                                                  const Tile& strip, int number) const {
+                                                  const Tile& strip) const {
     static_assert(kPieceBytes == kGroupThreads * kBlock * 2);
-    float* mine = reinterpret_cast<float*>(shared_pointer(box(number, 0))) + thread * 4;
+    float* mine = reinterpret_cast<float*>(shared_pointer(box(0))) + thread * 4;
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -344,11 +367,36 @@ struct Worker {
     }
   }
 
-  /// Sends a strip's boxes; by one thread, which commits.
-  __device__ __forceinline__ void send_boxes(const Tile& strip, int number) const {
+  __device__ __forceinline__ void store(const float (&total)[kSums], const Tile& strip,
+                                        uint32_t parity) {
+    if (p.load_boxes) {
+      wait(shared + C::kResidualAt + group * 8, parity);
+    } else {
+      if (thread == 0) tma_store_wait_read<0>();  // the boxes are free
+      sync();
+    }
+    float bias[2];
+    load_bias(bias, strip);
+#pragma unroll
+    for (int b = 0; b < C::kPieces; ++b) {
+      pin(thread);  // what is worked out from it takes no registers before
+      float v[kBlock];
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) v[i] = total[b * kBlock + i];
+      if (p.boxes) {
+        finish_box(v, b, bias);
+      } else {
+        finish_elements(v, b, strip);
+      }
+    }
+    async_proxy_fence();
+    sync();  // boxes are full, factors have been read
+    if (thread == 0 && p.boxes) {
 #pragma unroll 1
-    for (int piece = 0; piece < C::kPieces; ++piece) {
-      tma_store(&p.out, strip.channel, strip.token + piece * kPieceTokens, box(number, piece));
+      for (int i = 0; i < C::kPieces; ++i) {
+        tma_store(&p.out, strip.channel, strip.token + i * kPieceTokens, box(i));
+      }
+      tma_store_commit();
     }
   }
 };
@@ -356,226 +404,174 @@ struct Worker {
 // ---- Many tokens --------------------------------------------------------------------------------
 
 template <class C>
-struct Tiles : Worker<C> {
+struct Strips : Worker<C> {
   using Base = Worker<C>;
   using Base::group, Base::p, Base::shared, Base::thread;
   static constexpr int kSums = C::kSums;
-  static constexpr int kStripsEach = C::kStripsEach;
-  static constexpr int kBlocks = kSums / kBlock;
+  static constexpr int kPart = kSums / 2;  // sums of half of the tokens
+  static constexpr int kPartBlocks = kPart / kBlock;
+  using Weights = uint32_t[C::kHalves][2][4];
 
-  Ring<C::kStages> ring;
-
-  __device__ __forceinline__ Tile strip_of(const Tile& tile, int r) const {
-    return {tile.channel + (group * kStripsEach + r) * kGroupChannels, tile.token};
-  }
+  Ring<C::kStages> at{}, next{};  // the stage that is multiplied, and the next one
+  int used = 0;                   // the stage that is released next
 
   __device__ __forceinline__ void run() {
     uint32_t parity = 0;
     for_tiles<C>(p, [&](const Tile& tile) {
-      make_tile(tile, parity);
+      const Tile strip{tile.channel + group * kGroupChannels, tile.token};
+      float total[kSums];
+      multiply_groups(total, strip);
+      this->store(total, strip, parity);
       parity ^= 1;
     });
     if (thread == 0) tma_store_wait_read<0>();
     __syncwarp();
   }
 
-  __device__ __forceinline__ void make_tile(const Tile& tile, uint32_t parity) {
-    this->share_tokens(tile);
-    float total[kStripsEach][kSums];
-    multiply_groups(total, tile);
-    if (p.load_boxes) {
-      wait(shared + C::kResidualAt + group * 8, parity);
-    } else {
-      if (thread == 0) tma_store_wait_read<0>();  // the boxes are free
-      this->sync();
+  // -- A step: a stage, or half of it
+
+  __device__ __forceinline__ void load_weights(Weights& a, int half) {
+    if (half == 0) {
+      at = next;
+      next.next();
+      this->await_stage(at.stage, at.parity);
     }
 #pragma unroll
-    for (int r = 0; r < kStripsEach; ++r) {
-      const Tile strip = strip_of(tile, r);
-      const int number = group * kStripsEach + r;
-      float bias[2];
-      this->load_bias(bias, strip);
+    for (int h = 0; h < C::kHalves; ++h) widen(a[h], this->weights(at.stage, half + h, group));
+  }
+  /// Starts to multiply with half of the tokens.
+  template <int kNumber>
+  __device__ __forceinline__ void start(int (&sums)[kPart], const Weights& a, int half, bool add) {
+    const uint64_t tokens = this->tokens(at.stage, half) + kNumber * (C::kTokenBytes / 2 / 16);
+    wgmma_fence();
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-        pin(thread);  // what is worked out from it takes no registers before
-        float v[kBlock];
-#pragma unroll
-        for (int i = 0; i < kBlock; ++i) v[i] = total[r][b * kBlock + i];
-        if (p.boxes) {
-          this->finish_box(v, b, bias, number);
-        } else {
-          this->finish_elements(v, b, strip, number);
-        }
-      }
+    for (int h = 0; h < C::kHalves; ++h) {
+      multiply(sums, a[h], tokens + h * 2 * kStepUnits, h > 0 || add);
     }
-    async_proxy_fence();
-    this->sync();  // boxes are full, factors have been read
-    if (thread == 0 && p.boxes) {
-#pragma unroll 1
-      for (int r = 0; r < kStripsEach; ++r) {
-        this->send_boxes(strip_of(tile, r), group * kStripsEach + r);
-      }
-      tma_store_commit();
-    }
+    wgmma_commit();
+  }
+  __device__ __forceinline__ void release() {
+    this->release_stage(used);
+    if (++used == C::kStages) used = 0;
   }
 
-  /// Begins to copy some of the residual, so that all has been asked for at the end of k: all at
-  /// once would hold up the ring.
-  __device__ __forceinline__ void fetch_residual(const Tile& tile, int stage) const {
-    if (!p.load_boxes || thread != 0) return;
-    constexpr int kAll = kStripsEach * C::kPieces;
-    if (stage == 0) {
-      tma_store_wait_read<0>();
-      mbarrier_expect(shared + C::kResidualAt + group * 8, kAll * kPieceBytes);
-    }
-    const int end = stage + 1 == p.stages ? kAll : min(stage + 1, kAll);
-#pragma unroll 1
-    for (int i = min(stage, kAll); i < end; ++i) {
-      const int r = i / C::kPieces;
-      this->fetch_piece(strip_of(tile, r), group * kStripsEach + r, i % C::kPieces);
-    }
-  }
+  // -- Groups
 
-  /// Shared [2][channels of the warpgroup][kFetchGroups].
-  __device__ __forceinline__ uint32_t fetched(int at, int g) const {
-    return shared + at + (group * 2 + (g / C::kFetchGroups & 1)) * C::kFetchBytes +
-           (g % C::kFetchGroups) * 4;
-  }
-  /// Begins to copy what is at `row` of groups [first, first + kFetchGroups); 32-bit words.
-  __device__ __forceinline__ void fetch(int at, const void* row, unsigned first) const {
-    const auto* from = static_cast<const float*>(row) + first;
-    const uint32_t to = fetched(at, first) + thread * (C::kFetchGroups * 4);
+  struct Scales {
+    const float* rows[2];
+    float next[2];  // of the next group
+    float s_w[2];   // of this one
+  };
+  __device__ __forceinline__ void next_group(Scales& scales, int g) const {
     const int groups = static_cast<int>(p.args.groups);
-    if (groups % C::kFetchGroups == 0) {
-      cp_async_l1<16>(to, from);
-    } else {
 #pragma unroll
-      for (int i = 0; i < C::kFetchGroups; ++i) {
-        cp_async_l1<4>(to + i * 4, from + min(i, groups - 1 - static_cast<int>(first)));
-      }
+    for (int h = 0; h < 2; ++h) {
+      scales.s_w[h] = Base::unwiden(scales.next[h]);
+      scales.next[h] = scales.rows[h][min(g + 1, groups - 1)];
     }
   }
-  /// What was fetched of group g, of this thread's channels.
-  template <class Word>
-  __device__ __forceinline__ void load_fetched(Word (&data)[kStripsEach][2], int at,
-                                               unsigned g) const {
-    const uint32_t from = fetched(at, g) + this->first_channel() * (C::kFetchGroups * 4);
-    const auto* words = reinterpret_cast<const Word*>(shared_pointer(from));
+  /// total += (acc * s_x) * s_w, of half of the tokens.
+  template <int kNumber>
+  __device__ __forceinline__ void add(float (&total)[kSums], int (&sums)[kPart],
+                                      const Scales& scales, int g) const {
+    constexpr int kFirst = kNumber * kPartBlocks;
+    if (p.args.x_zero != nullptr) this->subtract_zeros(sums, kFirst, g, scales.rows);
 #pragma unroll
-    for (int r = 0; r < kStripsEach; ++r) {
+    for (int b = 0; b < kPartBlocks; ++b) {
+      float v[kBlock];
+      this->scale_block(v, sums + b * kBlock, kFirst + b, scales.s_w);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        data[r][h] = words[(r * kGroupChannels + h * 8) * C::kFetchGroups];
+      for (int i = 0; i < kBlock; ++i) {
+        float& t = total[(kFirst + b) * kBlock + i];
+        t = __fadd_rn(t, v[i]);
       }
     }
   }
 
   /// total = the sum over groups of (acc * s_x) * s_w.
-  __device__ __forceinline__ void multiply_groups(float (&total)[kStripsEach][kSums],
-                                                  const Tile& tile) {
-    const LinearInt4Args& args = p.args;
-    const unsigned groups = static_cast<unsigned>(args.groups);
-    const int halves = static_cast<int>(args.k) / kHalfColumns;
-    const int group_halves = halves / static_cast<int>(groups);
-    const int channel =
-        min(strip_of(tile, 0).channel + static_cast<int>(thread), static_cast<int>(args.n) - 1);
-    static_assert(kStripsEach * kGroupChannels == kGroupThreads);
-    const int64_t row = channel * args.groups;
-    const auto fetch_groups = [&](unsigned first) {
-      if (first >= groups) return;
-      fetch(C::kScalesAt, args.w_scale + row, first);
-      if (args.x_zero != nullptr) fetch(C::kSumsAt, args.w_sum + row, first);
-    };
-    fetch_groups(0);
+  __device__ __forceinline__ void multiply_groups(float (&total)[kSums], const Tile& strip) {
+    this->fetch_factors(strip);
+    this->fetch_residual(strip);
+    Scales scales;
+    this->find_rows(scales.rows, strip);
+    scales.next[0] = *scales.rows[0];
+    scales.next[1] = *scales.rows[1];
 #pragma unroll
-    for (int r = 0; r < kStripsEach; ++r) {
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) total[r][i] = 0.0f;
+    for (int i = 0; i < kSums; ++i) total[i] = 0.0f;
+    if constexpr (C::kLong) {
+      multiply_long_groups(total, scales);
+    } else {
+      multiply_short_groups(total, scales);
     }
-    float s_x[kBlocks][4];
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) this->load_scales(s_x[b], b);
+  }
 
-    int sums[kStripsEach][kSums];
-    uint32_t a[C::kHalves][kStripsEach][2][4];
-    unsigned g = 0;  // the group
-    const auto start = [&](int half, bool add) {
-#pragma unroll
-      for (int h = 0; h < C::kHalves; ++h) {
-#pragma unroll
-        for (int r = 0; r < kStripsEach; ++r) {
-          widen(a[h][r], this->weights(ring.stage, half + h, group * kStripsEach + r));
-        }
-      }
-      wgmma_fence();
-#pragma unroll
-      for (int r = 0; r < kStripsEach; ++r) {
-#pragma unroll
-        for (int h = 0; h < C::kHalves; ++h) {
-          multiply(sums[r], a[h][r], this->tokens(ring.stage, half + h), h > 0 || add);
-        }
-      }
-      wgmma_commit();
-    };
-    float s_w[kStripsEach][2];
-    const auto load_group = [&] {
-      if (g % C::kFetchGroups == 0) {
-        cp_async_wait_all();
-        this->sync();
-        fetch_groups(g + C::kFetchGroups);
-      }
-      load_fetched(s_w, C::kScalesAt, g);
-    };
-    const auto convert = [&] {
-      if (args.x_zero != nullptr) {
-        int w_sum[kStripsEach][2];
-        load_fetched(w_sum, C::kSumsAt, g);
-#pragma unroll
-        for (int r = 0; r < kStripsEach; ++r) this->subtract_zeros(sums[r], w_sum[r]);
-      }
-      ++g;
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-        for (int r = 0; r < kStripsEach; ++r) {
-          float v[kBlock];
-          Base::scale_block(v, sums[r] + b * kBlock, s_x[b], s_w[r]);
-#pragma unroll
-          for (int i = 0; i < kBlock; ++i) {
-            total[r][b * kBlock + i] = __fadd_rn(total[r][b * kBlock + i], v[i]);
-          }
-        }
-      }
-    };
-    const auto end_stage = [&] {
+  __device__ __forceinline__ void multiply_long_groups(float (&total)[kSums], Scales& scales) {
+    const int steps = p.group_steps * static_cast<int>(p.args.groups);
+    int low[kPart], high[kPart], half = 0, done = 0, g = 0;
+    Weights a;
+#pragma unroll 1
+    for (int s = 0; s < steps; ++s) {
+      load_weights(a, half);
+      start<0>(low, a, half, done > 0);
+      start<1>(high, a, half, done > 0);
+      if (s == 0) this->await_factors();
       wgmma_wait<0>();
-      this->release_stage(ring.stage);
-      ring.next();
+      if (C::kHalves == 1) half ^= 1;
+      if (half == 0 || s + 1 == steps) release();
+      if (++done < p.group_steps) continue;
+      done = 0;
+      next_group(scales, g);
+      add<0>(total, low, scales, g);
+      add<1>(total, high, scales, g);
+      ++g;
+    }
+  }
+
+  /// Groups of one step. In pairs, whose weights are in different registers, since one's are still
+  /// read when the other's are loaded.
+  __device__ __forceinline__ void multiply_short_groups(float (&total)[kSums], Scales& scales) {
+    constexpr int kOdd = C::kHalves == 1;  // the half of the stage of an odd group
+    const int groups = static_cast<int>(p.args.groups);
+    int low[kPart], high[kPart], g = 0;
+    Weights even, odd;
+    load_weights(even, 0);
+    start<0>(low, even, 0, false);
+    this->await_factors();
+    const auto finish_low = [&](const Weights& a, int half) {
+      start<1>(high, a, half, false);
+      next_group(scales, g);
+      wgmma_wait<1>();
+      add<0>(total, low, scales, g);
     };
-    int done = 0;  // halves of the group
-    for (int st = 0; st < p.stages; ++st) {
-      fetch_residual(tile, st);
-      this->await_stage(ring.stage, ring.parity);
-      if constexpr (C::kHalves == 1) {  // a group is half a stage
-        start(0, false);
-        load_group();
-        if (2 * st + 1 < halves) {
-          wgmma_wait<0>();
-          convert();
-          start(1, false);
-          load_group();
-        }
-        end_stage();
-        convert();
-      } else {
-        start(0, done > 0);
-        done += 2;
-        if (done == group_halves) load_group();
-        end_stage();
-        if (done < group_halves) continue;
-        done = 0;
-        convert();
-      }
+    const auto finish_high = [&](Weights& a, int half) {
+      load_weights(a, half);
+      start<0>(low, a, half, false);
+      wgmma_wait<1>();
+      if (half == 0) release();
+      add<1>(total, high, scales, g);
+      ++g;
+    };
+    const auto finish_last = [&] {
+      wgmma_wait<0>();
+      release();
+      add<1>(total, high, scales, g);
+    };
+#pragma unroll 1
+    while (g + 2 < groups) {
+      finish_low(even, 0);
+      finish_high(odd, kOdd);
+      finish_low(odd, kOdd);
+      finish_high(even, 0);
+    }
+    // Each path to its end: where paths with different wgmmas under way meet, ptxas serializes all.
+    if (g + 1 < groups) {
+      finish_low(even, 0);
+      finish_high(odd, kOdd);
+      finish_low(odd, kOdd);
+      finish_last();
+    } else {
+      finish_low(even, 0);
+      finish_last();
     }
   }
 };
@@ -595,8 +591,16 @@ struct Relay : Worker<C> {
     return reinterpret_cast<uint4*>(shared_pointer(shared + C::kTotalsAt)) +
            b * (kBlock / 4) * kGroupThreads + thread;
   }
-  __device__ __forceinline__ void await_turn() const {
-    barrier_sync(kTurnBarrier + group, 2 * kGroupThreads);
+  __device__ __forceinline__ void await_turn(int none = 0) const {
+    barrier_sync(kTurnBarrier + group + none, 2 * kGroupThreads);
+  }
+  /// Once `term` has been computed. The compiler would put that off until the turn has come, and so
+  /// delay all later ones, if waiting did not depend on it.
+  __device__ __forceinline__ void await_turn(const float (&term)[kSums]) const {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) bits |= __float_as_uint(term[i]);
+    await_turn(static_cast<int>(bits & (p.pair >> 1)));  // no bit: there are no pairs here
   }
   __device__ __forceinline__ void end_turn() const {
     barrier_arrive(kTurnBarrier + (group + 1) % C::kWarpgroups, 2 * kGroupThreads);
@@ -604,52 +608,46 @@ struct Relay : Worker<C> {
 
   __device__ __forceinline__ void run() {
     const LinearInt4Args& args = p.args;
-    const int groups = static_cast<int>(args.groups), last_row = static_cast<int>(args.n) - 1;
+    const int groups = static_cast<int>(args.groups);
     int stages_before = 0, turns_before = 0;  // of this block's other tiles
     uint32_t parity = 0;                      // of this warpgroup's residuals
     for_tiles<C>(p, [&](const Tile& tile) {
       this->sync();  // the last tile's factors have been read
-      this->share_tokens(tile);
-      int64_t row[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        row[h] = min(tile.channel + this->first_channel() + 8 * h, last_row) * args.groups;
-      }
+      this->fetch_factors(tile);
+      this->await_factors();
+      const float* rows[2];
+      this->find_rows(rows, tile);
       int g = (group - turns_before) & (C::kWarpgroups - 1);
-      float s_w[2] = {};
-      const auto load_scale = [&] {
-        if (g >= groups) return;
-        s_w[0] = args.w_scale[row[0] + g];
-        s_w[1] = args.w_scale[row[1] + g];
-      };
-      load_scale();
+      float next[2] = {};  // scales
+      if (g < groups) {
+        next[0] = rows[0][g];
+        next[1] = rows[1][g];
+      }
 #pragma unroll 1
       for (; g < groups; g += C::kWarpgroups) {
         const bool last = g == groups - 1;
-        if (last) free_boxes(tile);
+        if (last) this->fetch_residual(tile);
         int sums[kSums];
         multiply_group(sums, g, stages_before);
-        if (args.x_zero != nullptr) {
-          this->subtract_zeros(sums, {args.w_sum[row[0] + g], args.w_sum[row[1] + g]});
-        }
+        if (args.x_zero != nullptr) this->subtract_zeros(sums, 0, g, rows);
+        const float s_w[2] = {Base::unwiden(next[0]), Base::unwiden(next[1])};
+        const int after = min(g + C::kWarpgroups, groups - 1);
+        next[0] = rows[0][after];
+        next[1] = rows[1][after];
         float term[kSums];
 #pragma unroll
         for (int b = 0; b < kSums / kBlock; ++b) {
-          float s_x[4], v[kBlock];
-          this->load_scales(s_x, b);
-          Base::scale_block(v, sums + b * kBlock, s_x, s_w);
+          float v[kBlock];
+          this->scale_block(v, sums + b * kBlock, b, s_w);
 #pragma unroll
           for (int i = 0; i < kBlock; ++i) term[b * kBlock + i] = v[i];
         }
-        g += C::kWarpgroups;
-        load_scale();
-        g -= C::kWarpgroups;
-        if (turns_before + g > 0) await_turn();
+        if (turns_before + g > 0) await_turn(term);
         add(term, g == 0);
         if (!last) hand_on(term);
         end_turn();
         if (!last) continue;
-        store(term, tile, parity);
+        this->store(term, tile, parity);
         parity ^= 1;
       }
       stages_before += p.stages;
@@ -664,12 +662,11 @@ struct Relay : Worker<C> {
   /// sums = 16 * acc of group g.
   __device__ __forceinline__ void multiply_group(int (&sums)[kSums], int g,
                                                  int stages_before) const {
-    const int halves = static_cast<int>(p.args.k) / kHalfColumns;
-    const int group_halves = halves / static_cast<int>(p.args.groups);
-    const int begin = g * group_halves;
+    const int begin = g * p.group_steps, end = begin + p.group_steps;
 #pragma unroll 1
-    for (int i = begin; i < begin + group_halves; i += C::kHalves) {
-      const int count = stages_before + i / 2, half = C::kHalves == 2 ? 0 : i % 2;
+    for (int i = begin; i < end; ++i) {
+      const int count = stages_before + (C::kHalves == 2 ? i : i >> 1);
+      const int half = C::kHalves == 2 ? 0 : i & 1;
       const int stage = count & (C::kStages - 1);
       this->await_stage(stage, count / C::kStages & 1);
       uint32_t a[C::kHalves][2][4];
@@ -684,7 +681,9 @@ struct Relay : Worker<C> {
       wgmma_wait<0>();
       this->release_stage(stage);
       // Each half is released; the last one may be alone.
-      if (C::kHalves == 1 && half == 0 && i + 1 == halves) this->release_stage(stage);
+      if (C::kHalves == 1 && half == 0 && i + 1 == p.group_steps * p.args.groups) {
+        this->release_stage(stage);
+      }
     }
   }
 
@@ -692,12 +691,15 @@ struct Relay : Worker<C> {
   __device__ __forceinline__ void add(float (&term)[kSums], bool first) const {
 #pragma unroll
     for (int b = 0; b < kSums / kBlock; ++b) {
-      const uint4 low = totals(b)[0], high = totals(b)[kGroupThreads];
+      uint4 low{}, high{};
+      if (!first) {
+        low = totals(b)[0];
+        high = totals(b)[kGroupThreads];
+      }
       const uint32_t words[kBlock] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
-        const float before = first ? 0.0f : __uint_as_float(words[i]);
-        term[b * kBlock + i] = __fadd_rn(before, term[b * kBlock + i]);
+        term[b * kBlock + i] = __fadd_rn(__uint_as_float(words[i]), term[b * kBlock + i]);
       }
     }
   }
@@ -707,42 +709,6 @@ struct Relay : Worker<C> {
       totals(0)[v * kGroupThreads] = {
           __float_as_uint(total[4 * v]), __float_as_uint(total[4 * v + 1]),
           __float_as_uint(total[4 * v + 2]), __float_as_uint(total[4 * v + 3])};
-    }
-  }
-
-  /// This warpgroup's boxes take the residual or outputs.
-  __device__ __forceinline__ void free_boxes(const Tile& tile) const {
-    if (thread == 0) {
-      tma_store_wait_read<0>();
-      if (p.load_boxes) {
-        mbarrier_expect(shared + C::kResidualAt + group * 8, C::kPieces * kPieceBytes);
-#pragma unroll 1
-        for (int piece = 0; piece < C::kPieces; ++piece) this->fetch_piece(tile, group, piece);
-      }
-    }
-    this->sync();
-  }
-  __device__ __forceinline__ void store(const float (&total)[kSums], const Tile& tile,
-                                        uint32_t parity) const {
-    float bias[2];
-    this->load_bias(bias, tile);
-    if (p.load_boxes) wait(shared + C::kResidualAt + group * 8, parity);
-#pragma unroll
-    for (int b = 0; b < kSums / kBlock; ++b) {
-      float v[kBlock];
-#pragma unroll
-      for (int i = 0; i < kBlock; ++i) v[i] = total[b * kBlock + i];
-      if (p.boxes) {
-        this->finish_box(v, b, bias, group);
-      } else {
-        this->finish_elements(v, b, tile, group);
-      }
-    }
-    async_proxy_fence();
-    this->sync();  // the boxes are full
-    if (thread == 0 && p.boxes) {
-      this->send_boxes(tile, group);
-      tma_store_commit();
     }
   }
 };

@@ -35,12 +35,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == kConsumers * kGroupThreads) prefetch<C>(p);
   wait_for_previous_grid();
   cluster_wait();
-  const int group = static_cast<int>(threadIdx.x) / kGroupThreads;
+  // Of the warp, so that what depends on it stays in uniform registers.
+  const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
   if (group == kConsumers) {
     registers_release<kProducerRegisters>();
     if (threadIdx.x == kConsumers * kGroupThreads) fill_ring<C>(p, shared);
     __syncwarp();
-    for (int i = 0; i < (has_parted(p) ? 2 : 0); ++i) {  // exchange
+    for (int i = 0; i < (p.parted ? 2 : 0); ++i) {  // exchange
       cluster_arrive();
       cluster_wait();
     }
@@ -127,8 +128,10 @@ int64_t active_clusters(int cluster) {
 struct Plan {
   int tokens;   // of a tile
   int cluster;  // blocks
-  int pair;     // of them share activations in whole tiles: neighbours
-  int64_t whole_tiles, parted_tiles;
+  int pair;     // of them share activations: neighbours; 1: the blocks share the columns
+  int64_t whole_tiles;
+  int64_t narrow_tiles = 0;
+  int narrow_groups = 0;
 };
 
 template <class C>
@@ -139,11 +142,16 @@ void run(const LinearInt4Args& args, const Plan& plan, Stream stream) {
   p.cluster = plan.cluster;
   p.pair = plan.pair;
   p.whole_tiles = static_cast<int>(plan.whole_tiles);
-  p.parted_tiles = static_cast<int>(plan.parted_tiles);
+  p.parted = plan.cluster > plan.pair;
   p.channel_tiles = static_cast<int>(ceil_div(args.n, kChannels * plan.pair));
   p.token_tiles = static_cast<int>(ceil_div(args.m, C::kTokens));
   p.set_tiles = FastDiv(kTokenTiles * p.channel_tiles);
   p.last_tokens = FastDiv(p.token_tiles % kTokenTiles == 0 ? 1 : p.token_tiles % kTokenTiles);
+  p.narrow_tiles = static_cast<int>(plan.narrow_tiles);
+  p.narrow_groups = plan.narrow_groups;
+  p.copied_groups = plan.whole_tiles > 0 ? kConsumers : plan.narrow_groups;
+  p.narrow_channel = p.whole_tiles / p.token_tiles * plan.pair * kChannels;
+  p.narrow_tokens = FastDiv(p.token_tiles);
   const bool boxes = args.out_dtype != DType::f32 && args.n % 8 == 0 && aligned16(args.out);
   const bool load_boxes = boxes && args.residual != nullptr && args.residual_dtype != DType::f32 &&
                           aligned16(args.residual);
@@ -153,7 +161,8 @@ void run(const LinearInt4Args& args, const Plan& plan, Stream stream) {
                    C::kTokens / plan.pair, kColumns, CU_TENSOR_MAP_SWIZZLE_128B);
   const int64_t strip_bytes = ceil_div(args.k, 64) * kHalfStripBytes;
   p.w = tensor_map(args.w, CU_TENSOR_MAP_DATA_TYPE_INT32, ceil_div(args.n, kStrip), strip_bytes / 4,
-                   strip_bytes, kChannels / kStrip, kStripBytes / 4, CU_TENSOR_MAP_SWIZZLE_NONE);
+                   strip_bytes, p.copied_groups * kGroupChannels / kStrip, kStripBytes / 4,
+                   CU_TENSOR_MAP_SWIZZLE_NONE);
   if (p.boxes) {
     p.out = tensor_map(args.out, CU_TENSOR_MAP_DATA_TYPE_UINT16, args.m, args.n, args.n * 2,
                        kPieceTokens, kGroupChannels, CU_TENSOR_MAP_SWIZZLE_128B);
@@ -163,45 +172,60 @@ void run(const LinearInt4Args& args, const Plan& plan, Stream stream) {
                             args.n * 2, kPieceTokens, kGroupChannels, CU_TENSOR_MAP_SWIZZLE_128B);
   }
   const int64_t most = device_limits().processors / plan.cluster;
-  const int64_t whole = std::min(plan.whole_tiles, most);
-  Grid<C> grid(std::max(whole, plan.parted_tiles), plan.cluster);
+  const int64_t whole = p.parted ? plan.whole_tiles : std::min(plan.whole_tiles, most);
+  Grid<C> grid(std::max(whole, plan.narrow_tiles), plan.cluster);
   QUAROT_CUDA_CHECK(cudaLaunchKernelEx(grid.config(stream), grid.kernel, p));
 }
 
-/// The plan of the fewest cycles: waves of tiles times what the kernel was measured to take on an
-/// H200, for a stage of columns, for the rest of a tile, and for the exchange of sums.
+/// Nanoseconds, measured on an H200 by benchmarks/plan_linear_int4.cu: of a stage of columns of a
+/// tile of 1, 2, 3 or all 4 warpgroups' channels, of the rest of a tile, and of the exchange of
+/// sums between two blocks, where each sends half of them.
+struct Cost {
+  int tokens;
+  int64_t stage[kConsumers];
+  int64_t tile, exchange;
+};
+constexpr Cost kCosts[] = {
+    {128, {290, 375, 440, 580}, 2898, 3865},
+    {96, {262, 333, 396, 456}, 2381, 2684},
+    {64, {227, 269, 317, 382}, 1870, 2056},
+    {32, {204, 234, 265, 340}, 790, 1304},
+};
+
+/// The plan of the least time.
 Plan plan_of(const LinearInt4Args& args) {
-  struct Cost {
-    int tokens;
-    int64_t stage, tile, exchange;
-  };
-  constexpr Cost kCosts[] = {{128, 1080, 3500, 11000},
-                             {96, 870, 3100, 8000},
-                             {64, 640, 2700, 5000},
-                             {32, 500, 2300, 4000}};
   const int64_t stages = ceil_div(args.k, kColumns), channel_tiles = ceil_div(args.n, kChannels);
   const int pair = channel_tiles % 2 == 0 ? 2 : 1;  // no empty column of tiles
+  const int64_t clusters = active_clusters(pair);
   Plan best{};
-  int64_t fewest = 0;
-  const auto consider = [&](int64_t cycles, const Plan& plan) {
-    if (fewest > 0 && cycles >= fewest) return;
-    fewest = cycles;
+  int64_t least = 0;
+  const auto consider = [&](int64_t time, const Plan& plan) {
+    if (least > 0 && time >= least) return;
+    least = time;
     best = plan;
   };
   for (const Cost& cost : kCosts) {
-    const int64_t tiles = channel_tiles * ceil_div(args.m, cost.tokens);
-    const int64_t wave = pair * active_clusters(pair), tile = stages * cost.stage + cost.tile;
-    const auto parted = [&](int parts) {
-      return ceil_div(stages, parts) * cost.stage + cost.tile + cost.exchange;
+    const auto wave = [&](int groups, int64_t stages) {
+      return stages * cost.stage[groups - 1] + cost.tile;
     };
-    consider(ceil_div(tiles, wave) * tile, {cost.tokens, pair, pair, tiles / pair, 0});
-    const int64_t rest = tiles % wave;
-    if (pair == 2 && tiles > wave && 0 < rest && rest <= wave / 2 && stages >= 2) {
-      consider(tiles / wave * tile + parted(2), {cost.tokens, 2, 2, (tiles - rest) / 2, rest});
+    const int64_t token_tiles = ceil_div(args.m, cost.tokens), columns = channel_tiles / pair;
+    const int64_t tiles = columns * token_tiles;
+    const int64_t whole_wave = wave(kConsumers, stages);
+    consider(ceil_div(tiles, clusters) * whole_wave, {cost.tokens, pair, pair, tiles});
+    // Narrow tiles for the columns that are left after the last full wave.
+    const int64_t waves = tiles / clusters, whole_columns = waves * clusters / token_tiles;
+    const int64_t rest = args.n - whole_columns * pair * kChannels;
+    for (int groups = 1; groups < kConsumers && token_tiles <= kTokenTiles; ++groups) {
+      const int64_t narrow = ceil_div(rest, groups * kGroupChannels * pair) * token_tiles;
+      if (rest <= 0 || narrow > clusters) continue;
+      consider(waves * whole_wave + wave(groups, stages),
+               {cost.tokens, pair, pair, whole_columns * token_tiles, narrow, groups});
     }
     for (int parts = 2; parts <= kMaxCluster && parts <= stages; ++parts) {
-      consider(ceil_div(tiles, active_clusters(parts)) * parted(parts),
-               {cost.tokens, parts, 1, 0, tiles});
+      const int64_t exchange = cost.exchange * 2 * (parts - 1) / parts;
+      consider(ceil_div(tiles * pair, active_clusters(parts)) *
+                   (wave(kConsumers, ceil_div(stages, parts)) + exchange),
+               {cost.tokens, parts, 1, tiles * pair});
     }
   }
   return best;

@@ -1,6 +1,6 @@
 // The device side of linear_int4 for many tokens on sm_90a: int8 wgmma. Maths:
-// kernels/linear_int4.h. One file, though long: producer, multiplication and outputs share a layout
-// of shared memory and of registers.
+// kernels/linear_int4.h; which tiles are whose: linear_int4_prefill_tiles.cuh. Above 400 lines:
+// multiplication and outputs share a layout of registers.
 //
 // Products are out^T[channels, tokens] = w[channels, k] * x[tokens, k]^T: int4 weights are operand
 // A of wgmma, which may come from registers, so they are widened there and nowhere else. A lane's
@@ -18,9 +18,11 @@
 //
 //     whole tiles    in clusters of `pair` = 2 blocks: neighbouring channels; each copies half of
 //                    the activations, to both
-//     parted tiles   each block of the cluster has a part of k, where there are fewer tiles than
-//                    processors, or in the last wave, one for each two blocks; the sums, which are
-//                    exact, are exchanged through the rings, and each block finishes some pieces
+//     narrow tiles   the last wave, if it would leave processors idle: tiles of 64, 128 or 192
+//                    channels; the other warpgroups have nothing to do
+//     parted tiles   where there are fewer tiles than processors: each block of the cluster has a
+//                    part of k; the sums, which are exact, are exchanged through the rings, and
+//                    each block finishes some pieces
 //
 // One scale a channel; scales of groups have kernels of their own (linear_int4_grouped.cuh).
 //
@@ -37,183 +39,12 @@
 #include "kernels/cuda/device/linear_int4.cuh"
 #include "kernels/cuda/device/ptx.cuh"
 #include "kernels/cuda/device/vec.cuh"
+#include "kernels/cuda/sm90/linear_int4_prefill_tiles.cuh"
 #include "kernels/linear_int4.h"
 
 namespace quarot::cuda::prefill {
 
-constexpr int kGroupThreads = 128;  // of a warpgroup
-constexpr int kConsumers = 4;       // warpgroups that multiply
-constexpr int kThreads = (kConsumers + 1) * kGroupThreads;
-// setmaxnreg: a launch has 96 registers for each of 640 threads; the producer leaves its own.
-constexpr int kConsumerRegisters = 112;
-constexpr int kProducerRegisters = 24;
-
-constexpr int kGroupChannels = 64;  // of a warpgroup: wgmma's rows
-constexpr int kChannels = kConsumers * kGroupChannels;
-constexpr int kColumns = 128;  // of a stage: a row of the 128-byte swizzle
-
-// The weight layout: strips of 16 channels, 512 bytes for 64 columns.
-constexpr int kStrip = 16;
-constexpr int kHalfStripBytes = 512;
-constexpr int kStripBytes = 2 * kHalfStripBytes;  // of a stage
-constexpr int kWeightBytes = kChannels / kStrip * kStripBytes;
-
-// Outputs of a warpgroup leave in pieces; a box of the copy engine is one.
-constexpr int kPieceTokens = 16;
-constexpr int kPieceSums = kPieceTokens / 2;  // of a thread
-constexpr int kPieceBytes = kPieceTokens * kGroupChannels * 2;
-constexpr int kPieceSumBytes = kPieceSums * kGroupThreads * 4;
-
-constexpr int kMaxCluster = 8;  // blocks: more are not portable
-/// Pieces of other blocks that a block receives at most, if a tile has `pieces`.
-constexpr int most_received(int pieces) {
-  int most = 0;
-  for (int parts = 2; parts <= kMaxCluster; ++parts) {
-    const int received = (pieces + parts - 1) / parts * (parts - 1);
-    most = received > most ? received : most;
-  }
-  return most;
-}
-
-constexpr int kSwizzleBytes = 1024;
-constexpr int kBlockSharedBytes = 227 * 1024;  // sm_90's limit
-
-/// What depends on the tokens of a tile.
-template <int kTokens_>
-struct Config {
-  static constexpr int kTokens = kTokens_;
-  static constexpr int kSums = kTokens / 2;  // of a thread
-  static constexpr int kPieces = kTokens / kPieceTokens;
-
-  // Shared memory, from a multiple of the swizzle's 1024 bytes: boxes of outputs, scales and zeros
-  // of each warpgroup's tokens, scales and code sums of its channels, barriers; and the ring has
-  // the rest.
-  static constexpr int kTokenBytes = kTokens * kColumns;
-  static constexpr int kBoxBytes = kConsumers * kPieces * kPieceBytes;
-  static constexpr int kTokenScaleBytes = kConsumers * kTokens * 4;
-  static constexpr int kChannelScaleBytes = kConsumers * kGroupChannels * 4;
-  static constexpr int kBarrierBytes = 256;
-  static constexpr int kStages = (kBlockSharedBytes - kSwizzleBytes - kBoxBytes -
-                                  2 * kTokenScaleBytes - 2 * kChannelScaleBytes - kBarrierBytes) /
-                                 (kTokenBytes + kWeightBytes);
-  static constexpr int kWeightsAt = kStages * kTokenBytes;
-  static constexpr int kPiecesAt = kWeightsAt + kStages * kWeightBytes;
-  static constexpr int kScalesAt = kPiecesAt + kBoxBytes;
-  static constexpr int kZerosAt = kScalesAt + kTokenScaleBytes;
-  static constexpr int kChannelScalesAt = kZerosAt + kTokenScaleBytes;
-  static constexpr int kChannelSumsAt = kChannelScalesAt + kChannelScaleBytes;
-  static constexpr int kFullAt = kChannelSumsAt + kChannelScaleBytes;
-  static constexpr int kEmptyAt = kFullAt + kStages * 8;
-  static constexpr int kResidualAt = kEmptyAt + kStages * 8;
-  static constexpr int kSharedBytes = kSwizzleBytes + kResidualAt + kConsumers * 8;
-  static_assert((2 * kStages + kConsumers) * 8 <= kBarrierBytes);
-  static_assert(kTokenBytes % kSwizzleBytes == 0 && kPieceBytes % kSwizzleBytes == 0);
-  // The ring holds what the parts of k exchange.
-  static_assert(most_received(kConsumers* kPieces) * kPieceSumBytes <= kPiecesAt);
-};
-
-/// The first of the warpgroups' barriers; 0 is __syncthreads.
-constexpr int kGroupBarrier = 1;
-
-/// sums are 16 * acc.
-constexpr int kWidenShift = 4;
-/// Of a block's first tile, that are asked for before the kernel before is done. More of them, from
-/// all blocks, would push each other out of the L2.
-constexpr int kPrefetchStages = 3;
-/// Token tiles that are worked on together, so that their activations and the weights meet in L2.
-constexpr int kTokenTiles = 16;
-
-struct Params {
-  LinearInt4Args args;
-  CUtensorMap x;         // int8 [m, k]
-  CUtensorMap w;         // 4-byte words [strips, bytes of a strip / 4]
-  CUtensorMap out;       // 16-bit [m, n], if stored by the copy engine
-  CUtensorMap residual;  // the same, if loaded by the copy engine
-  int channel_tiles;     // of a cluster
-  int token_tiles;
-  FastDiv set_tiles;    // tiles of kTokenTiles token tiles
-  FastDiv last_tokens;  // token tiles of the last set
-  int stages;           // of k
-  int cluster;          // blocks
-  int pair;             // blocks of a cluster that have neighbouring whole tiles
-  int whole_tiles;      // of a cluster, of those above
-  int parted_tiles;     // single ones
-  bool boxes;           // outputs of 16 bits leave through the copy engine
-  bool load_boxes;      // and the residual comes through it
-};
-
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-/// A place in the ring of stages, and the parity of its phase.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
-  while (!mbarrier_try_wait(barrier, parity)) {
-  }
-}
-
-/// Where a tile begins, and the stages [first, last) of this block's part of k.
-struct Tile {
-  int channel, token;
-  int first, last;
-  bool parted;  // between the blocks of the cluster
-};
-
-/// The tile of block `neighbour` of those that share activations: in sets of kTokenTiles token
-/// tiles, these for one channel tile after the other.
-template <class C>
-__device__ __forceinline__ Tile tile_at(const Params& p, int t, int neighbour) {
-  const int set = p.set_tiles(t);
-  const int rest = t - set * p.set_tiles.divisor();
-  const bool whole = (set + 1) * kTokenTiles <= p.token_tiles;
-  const int channel = whole ? rest / kTokenTiles : p.last_tokens(rest);
-  const int token = rest - channel * (whole ? kTokenTiles : p.last_tokens.divisor());
-  return {(channel * p.pair + neighbour) * kChannels, (set * kTokenTiles + token) * C::kTokens, 0,
-          p.stages, false};
-}
-
-/// The number of this block's cluster, and the block's in it.
-__device__ __forceinline__ int cluster_of(const Params& p) {
-  return static_cast<int>(blockIdx.x) / p.cluster;
-}
-__device__ __forceinline__ int rank_of(const Params& p) {
-  return static_cast<int>(blockIdx.x) % p.cluster;
-}
-
-/// Whether this cluster's last tile is parted.
-__device__ __forceinline__ bool has_parted(const Params& p) {
-  return cluster_of(p) < p.parted_tiles;
-}
-
-/// Calls body(tile) for each tile of this block.
-template <class C, class Body>
-__device__ __forceinline__ void for_tiles(const Params& p, const Body& body) {
-  const int cluster = cluster_of(p), rank = rank_of(p);
-  const int clusters = static_cast<int>(gridDim.x) / p.cluster;
-  bool parted = false;
-  for (int t = cluster; !parted; t += clusters) {
-    parted = t >= p.whole_tiles;
-    if (parted && !has_parted(p)) return;
-    Tile tile = tile_at<C>(p, parted ? p.whole_tiles + cluster / p.pair : t,
-                           parted ? cluster % p.pair : rank);
-    if (parted) {
-      tile.first = p.stages * rank / p.cluster;
-      tile.last = p.stages * (rank + 1) / p.cluster;
-      tile.parted = true;
-    }
-    body(tile);
-  }
-}
 
 // ---- Producer -----------------------------------------------------------------------------------
 
@@ -228,10 +59,10 @@ __device__ __forceinline__ void fill_ring(const Params& p, uint32_t shared) {
       const uint32_t full = shared + C::kFullAt + ring.stage * 8;
       const uint32_t x = shared + ring.stage * C::kTokenBytes;
       wait(shared + C::kEmptyAt + ring.stage * 8, ring.parity ^ 1);
-      mbarrier_expect(full, C::kTokenBytes + kWeightBytes);
+      mbarrier_expect(full, C::kTokenBytes + p.copied_groups * kGroupWeightBytes);
       tma_load(shared + C::kWeightsAt + ring.stage * kWeightBytes, &p.w, s * (kStripBytes / 4),
                tile.channel / kStrip, full);
-      if (tile.parted) {
+      if (p.parted) {
         for (int i = 0; i < C::kTokens; i += tokens) {
           tma_load(x + i * kColumns, &p.x, s * kColumns, tile.token + i, full);
         }
@@ -370,9 +201,9 @@ struct Consumer {
     return descriptor(shared + ring.stage * C::kTokenBytes);
   }
   /// The ring's barriers that this lane, below `pair`, arrives at for its warp: of each block that
-  /// copies to this one; for a parted tile `pair` times its own.
-  __device__ __forceinline__ uint32_t empty_barriers(const Tile& tile) const {
-    return cluster_address(shared + C::kEmptyAt, tile.parted ? rank : min(lane(), p.pair - 1));
+  /// copies to this one.
+  __device__ __forceinline__ uint32_t empty_barriers() const {
+    return cluster_address(shared + C::kEmptyAt, p.parted ? rank : min(lane(), p.pair - 1));
   }
   /// This warp needs the stage no more.
   __device__ __forceinline__ void release_stage(uint32_t empty) {
@@ -384,7 +215,7 @@ struct Consumer {
   /// it: asked for all at once it would hold up the ring.
   __device__ __forceinline__ void multiply_tile(int (&sums)[kSums], const Tile& tile) {
     const int stages = tile.last - tile.first;
-    const uint32_t empty = empty_barriers(tile), mine = first_weights();
+    const uint32_t empty = empty_barriers(), mine = first_weights();
     const int pause = p.load_boxes ? max(1, stages / (C::kPieces + 1)) : stages;
     int piece = 0;
     for (int end = tile.first, s = end; s < tile.last;) {
@@ -406,6 +237,15 @@ struct Consumer {
         fetch_residual(tile, piece, next);
         piece = next;
       }
+    }
+  }
+
+  /// Without channels in a tile.
+  __device__ __forceinline__ void skip_tile(const Tile& tile) {
+    const uint32_t empty = empty_barriers();
+    for (int s = tile.first; s < tile.last; ++s) {
+      await_stage();
+      release_stage(empty);
     }
   }
 
@@ -433,8 +273,8 @@ struct Consumer {
   __device__ __forceinline__ int number(int piece) const { return group * C::kPieces + piece; }
   __device__ __forceinline__ int owner(int piece) const { return number(piece) % p.cluster; }
   /// A bit for each piece that this block finishes.
-  __device__ __forceinline__ uint32_t owned_pieces(const Tile& tile) const {
-    if (!tile.parted) return ~0u;
+  __device__ __forceinline__ uint32_t owned_pieces() const {
+    if (!p.parted) return ~0u;
     uint32_t owned = 0;
 #pragma unroll 1
     for (int i = 0; i < C::kPieces; ++i) {
@@ -530,7 +370,7 @@ struct Consumer {
   __device__ __forceinline__ void fetch_residual(const Tile& tile, int first, int end) const {
     if (thread != 0) return;
     const uint32_t barrier = shared + C::kResidualAt + group * 8;
-    const uint32_t owned = owned_pieces(tile);
+    const uint32_t owned = owned_pieces();
     if (first == 0) {
       tma_store_wait_read<0>();
       mbarrier_expect(barrier, __popc(owned & ((1u << C::kPieces) - 1)) * kPieceBytes);
@@ -640,9 +480,9 @@ struct Consumer {
     int sums[kSums];
     multiply_tile(sums, tile);
     pin(thread);  // what is worked out from it takes no registers before
-    if (tile.parted) exchange(sums);
+    if (p.parted) exchange(sums);
     await_scales();
-    const uint32_t owned = owned_pieces(tile);
+    const uint32_t owned = owned_pieces();
     if (!p.boxes) return finish_elements(sums, owned, tile);
     if (p.load_boxes) wait(shared + C::kResidualAt + group * 8, parity);
     finish_boxes(sums, owned, tile);
@@ -662,7 +502,11 @@ struct Consumer {
   __device__ __forceinline__ void run() {
     uint32_t parity = 0;
     for_tiles<C>(p, [&](const Tile& tile) {
-      make_tile(tile, parity);
+      if (group < tile.groups) {
+        make_tile(tile, parity);
+      } else {
+        skip_tile(tile);
+      }
       parity ^= 1;
     });
     if (thread == 0) tma_store_wait_read<0>();
