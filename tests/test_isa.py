@@ -124,6 +124,18 @@ def linear(
                 ),
             )
 
+    # The usual end of a block: one group, no zero points, bf16.
+    x, scale, _ = ops.quantize(randn(40, 1536).bfloat16(), 8)
+    weight = torch.randint(-8, 8, (72, 1536), dtype=torch.int8, generator=generator)
+    w, w_scale = ops.prepack_int4(ops.pack_int4(weight)), torch.rand(72, 1, generator=generator)
+    for residual in (None, randn(40, 72, dtype=torch.bfloat16)):
+        yield (
+            f"linear_int4 {residual is None}",
+            ops.linear_int4(
+                x, scale, None, w, w_scale, residual=residual, out_dtype=torch.bfloat16
+            ),
+        )
+
 
 def appended(bits: int, dim: int, randn: Callable[..., Tensor]) -> Iterator[tuple[str, Tensor]]:
     """A prompt and a token more, of heads that R3 transforms."""

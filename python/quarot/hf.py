@@ -35,7 +35,7 @@ from transformers.quantizers.base import HfQuantizer
 from quarot import graph
 from quarot.config import QuarotConfig
 from quarot.models import Architecture, Geometry, describe
-from quarot.modules import norm, rotary
+from quarot.modules import head, norm, rotary
 from quarot.modules.canonical import DTYPES
 from quarot.modules.decoder_layer import DecoderLayer
 from quarot.modules.linear import QuantizedLinear, backend_ops
@@ -226,6 +226,7 @@ def adopt(model: Any, config: QuarotConfig) -> Any:
     arch = describe(model.config)
     rotary.take_over(model.get_submodule(arch.rotary))
     norm.take_over(model.get_submodule(arch.final_norm))
+    head.take_over(model.get_submodule(arch.head))
     decoder = model.get_submodule(arch.decoder)
     for module in (model, decoder):
         module._no_split_modules = {*(module._no_split_modules or ()), DecoderLayer.__name__}
