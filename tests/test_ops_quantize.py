@@ -455,8 +455,7 @@ def test_fused_transforms_of_few_rows(device, rows, n):
                 )
                 if "packed" in options:  # the high code of a byte counts 16 times
                     actual, expected = (
-                        (ops.unpack_int4(codes.cpu()), *rest)
-                        for codes, *rest in (actual, expected)
+                        (ops.unpack_int4(codes.cpu()), *rest) for codes, *rest in (actual, expected)
                     )
                 assert_codes_agree(actual, expected)
             for bits in (4, 8):  # where a zero point lies between two numbers, codes move with it
