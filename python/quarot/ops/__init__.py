@@ -46,8 +46,10 @@ __all__ = [
     "unprepack_int4",
 ]
 
-# The overload itself: a search for it at each call would be a part of what decoding costs the host.
+# What a call costs the host: the overload itself needs no search for it, and a dtype's code
+# (c10::ScalarType) none for __torch_function__, which torch seeks in a torch.dtype at each call.
 _linear_int4 = torch.ops.quarot.linear_int4.default
+_DTYPE_CODES: dict[torch.dtype, Any] = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
 
 
 def hadamard(
@@ -290,7 +292,8 @@ def linear_int4(
         exact in int32, one rounding.
     """
     _no_grad("linear_int4", bias, residual)
-    return _linear_int4(x_q, x_scale, x_zero, w, w_scale, w_sum, bias, residual, out_dtype)
+    code = _DTYPE_CODES.get(out_dtype, out_dtype)
+    return _linear_int4(x_q, x_scale, x_zero, w, w_scale, w_sum, bias, residual, code)
 
 
 def prepack_int4(w_packed: Tensor) -> Tensor:
