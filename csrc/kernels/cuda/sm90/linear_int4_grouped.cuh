@@ -422,7 +422,7 @@ struct Strips : Worker<C> {
 
   Ring<C::kStages> at{}, next{};  // the stage that is multiplied, and the next one
   int used = 0;                   // the stage that is released next
-  uint4 s_x[C::kPieces];          // of the blocks of sums
+  uint4 s_x[C::kPieces];          // of the blocks of sums, if there are registers for them
 
   __device__ __forceinline__ void run() {
     uint32_t parity = 0;
@@ -466,10 +466,14 @@ struct Strips : Worker<C> {
 
   // -- Groups
 
+  static constexpr bool kKeepsScales = C::kTokens == 64 || C::kHalves == 1;
   __device__ __forceinline__ void load_scales() {
     this->await_factors();
 #pragma unroll
     for (int b = 0; b < C::kPieces; ++b) s_x[b] = this->four_of(0, b);
+  }
+  __device__ __forceinline__ uint4 scales_of(int b) const {
+    return kKeepsScales ? s_x[b] : this->four_of(0, b);
   }
   struct Scales {
     const float* rows[2];
@@ -493,7 +497,7 @@ struct Strips : Worker<C> {
 #pragma unroll
     for (int b = 0; b < kPartBlocks; ++b) {
       float v[kBlock];
-      this->scale_block(v, sums + b * kBlock, s_x[kFirst + b], scales.s_w);
+      this->scale_block(v, sums + b * kBlock, scales_of(kFirst + b), scales.s_w);
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
         float& t = total[(kFirst + b) * kBlock + i];
