@@ -77,10 +77,11 @@ constexpr int64_t kAny = int64_t{1} << 62;
 
 /// From so many tokens sm_90a's kernel for many tokens is the faster one.
 constexpr int64_t kPrefillTokens = 17;
-/// The same of its kernels for scales of groups, and from so many: where there are few channels,
-/// and in any case.
+/// The same of its kernels for scales of groups: from the first with more channels than
+/// kFewGroupedChannels, from the second with any.
 constexpr int64_t kGroupedTokens = 9, kManyGroupedTokens = 17, kFewGroupedChannels = 4096;
-/// The same for so many groups of all tokens: kGroupedTiles holds them, and gets slow.
+/// And with fewer tokens, if all of them together have more groups: these fill kGroupedTiles'
+/// shared memory.
 constexpr int64_t kManyGroups = 1024;
 
 // Measured on an H200 (benchmarks/bench_linear_int4.py). Few channels: small blocks, so that all

@@ -156,11 +156,6 @@ __device__ __forceinline__ void mma_s4(int (&d)[4], const uint4& a, uint32_t b0,
 __device__ __forceinline__ void barrier_sync(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
-/// Counts this thread at such a barrier without waiting: what it wrote is visible to those that
-/// wait.
-__device__ __forceinline__ void barrier_arrive(int number, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
 
 // ---- Numbers ------------------------------------------------------------------------------------
 
