@@ -232,18 +232,16 @@ inline Executor cpu_executor() {
 /// Makes the tensor's device current for its lifetime and knows the caller's stream there.
 class CudaScope {
  public:
-  explicit CudaScope(const Tensor& x) {
+  explicit CudaScope(const Tensor& x) : guard_(x.get_device_index()) {
     if (aoti_torch_get_current_cuda_stream == nullptr) {
       fail("quarot: this torch has no CUDA, yet a CUDA kernel was called");
     }
-    const int32_t device = x.get_device_index();
-    if (torch::stable::accelerator::getCurrentDeviceIndex() != device) guard_.emplace(device);
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
   }
   Stream stream() const { return stream_; }
 
  private:
-  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
 };
 
