@@ -23,7 +23,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # small ops then take many times as long. Sleeping costs a few microseconds each.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/cpp tests/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # Folders too: their time changes when a file goes.
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc)
 

@@ -58,7 +58,7 @@ double time_of(const LinearInt4Args& args, const Plan& plan, cudaStream_t stream
 
 template <class C>
 void print_costs(LinearInt4Args args, cudaStream_t stream) {
-  const int64_t clusters = active_clusters(kPair), columns = clusters / kTileColumnsOfTokens;
+  const int64_t clusters = active_clusters()[kPair], columns = clusters / kTileColumnsOfTokens;
   const int64_t tiles = columns * kTileColumnsOfTokens;
   const auto time = [&](int groups, int waves, int stages) {
     args.m = C::kTokens * kTileColumnsOfTokens * waves;

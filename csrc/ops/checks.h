@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <memory>
@@ -96,8 +97,12 @@ inline void require_dtype(const Tensor& x, ScalarType want, const char* op, cons
   QUAROT_REQUIRE(x.scalar_type() == want, op, arg, " must be ", name(want), "; got ", describe(x));
 }
 
+inline bool has_shape(const Tensor& x, const Sizes& want) {
+  return std::ranges::equal(x.sizes(), want);
+}
+
 inline void require_shape(const Tensor& x, const Sizes& want, const char* op, const char* arg) {
-  QUAROT_REQUIRE(sizes_of(x) == want, op, arg, " must have shape ", text(want), "; got ",
+  QUAROT_REQUIRE(has_shape(x, want), op, arg, " must have shape ", text(want), "; got ",
                  describe(x));
 }
 

@@ -100,12 +100,12 @@ Tensor linear_int4(const Tensor& x_q, const Tensor& x_scale, OptionalTensor x_ze
 
   const Tensor x = aligned<Device>(x_q.is_contiguous() ? x_q : dense_copy(x_q));
   const Tensor xs = require_dense(x_scale, ScalarType::Float, lead, x_q, kOp, "x_scale", "x_q");
-  QUAROT_REQUIRE(sizes_of(w) == Device::prepacked_sizes(n, k), kOp,
-                 "w must be prepack_int4 of codes [", n, ", ", k / kInt4PerByte,
-                 "] on this device, which has shape ", text(Device::prepacked_sizes(n, k)),
-                 "; got ", describe(w));
-  const Tensor weight = aligned<Device>(
-      require_dense(w, ScalarType::Byte, Device::prepacked_sizes(n, k), x_q, kOp, "w", "x_q"));
+  const Sizes w_sizes = Device::prepacked_sizes(n, k);
+  QUAROT_REQUIRE(has_shape(w, w_sizes), kOp, "w must be prepack_int4 of codes [", n, ", ",
+                 k / kInt4PerByte, "] on this device, which has shape ", text(w_sizes), "; got ",
+                 describe(w));
+  const Tensor weight =
+      aligned<Device>(require_dense(w, ScalarType::Byte, w_sizes, x_q, kOp, "w", "x_q"));
   const Tensor ws =
       require_dense(w_scale, ScalarType::Float, {n, groups}, x_q, kOp, "w_scale", "x_q");
   if (x_zero.has_value()) {

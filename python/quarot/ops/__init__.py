@@ -46,6 +46,11 @@ __all__ = [
     "unprepack_int4",
 ]
 
+# What a call costs the host: the overload itself needs no search for it, and a dtype's code
+# (c10::ScalarType) none for __torch_function__, which torch seeks in a torch.dtype at each call.
+_linear_int4 = torch.ops.quarot.linear_int4.default
+_DTYPE_CODES: dict[torch.dtype, Any] = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
+
 
 def hadamard(
     x: Tensor,
@@ -287,9 +292,8 @@ def linear_int4(
         exact in int32, one rounding.
     """
     _no_grad("linear_int4", bias, residual)
-    return torch.ops.quarot.linear_int4(
-        x_q, x_scale, x_zero, w, w_scale, w_sum, bias, residual, out_dtype
-    )
+    code = _DTYPE_CODES.get(out_dtype, out_dtype)
+    return _linear_int4(x_q, x_scale, x_zero, w, w_scale, w_sum, bias, residual, code)
 
 
 def prepack_int4(w_packed: Tensor) -> Tensor:
@@ -408,11 +412,14 @@ def kernels() -> dict[str, dict[str, str]]:
 
 def _no_grad(op: str, *tensors: Tensor | None) -> None:
     # What is no tensor is the library's to refuse.
-    if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors):
-        raise RuntimeError(
-            f"{op}: got a tensor that requires grad, needs torch.no_grad() or inference_mode(): "
-            "quarot's ops have no backward"
-        )
+    if not torch.is_grad_enabled():
+        return
+    for t in tensors:
+        if getattr(t, "requires_grad", False):
+            raise RuntimeError(
+                f"{op}: got a tensor that requires grad, needs torch.no_grad() or "
+                "inference_mode(): quarot's ops have no backward"
+            )
 
 
 def _fill(

@@ -337,19 +337,22 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t shared, uint32_t ra
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(shared), "r"(rank));
   return r;
 }
-/// `cluster` is an address's cluster_address.
-__device__ __forceinline__ void store_cluster(uint32_t cluster, const int4& v) {
-  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(cluster), "r"(v.x),
-               "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
-}
-/// Stores asynchronously: completes 16 or 8 bytes on `barrier` of that block.
+/// `cluster` is an address's cluster_address. Stores asynchronously: completes 16 or 8 bytes on
+/// `barrier` of that block.
 __device__ __forceinline__ void store_cluster_async(uint32_t cluster, uint32_t barrier,
                                                     const float4& v) {
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
       "[%5];" ::"r"(cluster),
       "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void store_cluster_async(uint32_t cluster, uint32_t barrier,
+                                                    const int4& v) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(cluster),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
       : "memory");
 }
 __device__ __forceinline__ void store_cluster_async(uint32_t cluster, uint32_t barrier,

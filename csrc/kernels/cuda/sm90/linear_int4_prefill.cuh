@@ -27,10 +27,9 @@
 // One scale a channel; scales of groups have kernels of their own (linear_int4_grouped.cuh).
 //
 // Bound: the int8 tensor cores, at the clock that the power limit leaves; for few tokens, the
-// weights' way from memory. ncu, H200, 2048 tokens, 28672 x 4096: 336 us at 1.73 GHz, the tensor
-// cores busy in 80 % of the active cycles, L2 39 %, memory 11 % of their peaks; a stage of columns
-// takes 1080 cycles of 1024 that the tensor cores need, and the outputs of a tile 3500 more. 32
-// tokens: 24 us, 2.5 TB/s, start and end included.
+// weights' way from memory. ncu (benchmarks/profile_linear_int4.py), H200, 2048 tokens, 28672 x
+// 4096: 302 us at 1.67 GHz, the tensor cores busy in 88 % of the active cycles, L2 42 %, memory
+// 12 % of their peaks. 32 tokens: 24 us, 2.5 TB/s, start and end included.
 #pragma once
 
 #include <cuda.h>
@@ -169,6 +168,7 @@ struct Consumer {
     return tile.channel + group * kGroupChannels + warp() * kStrip + lane() / 4;
   }
 
+  template <bool kPlain>
   __device__ __forceinline__ Channels load_channels(const Tile& tile) const {
     const LinearInt4Args& args = p.args;
     Channels c{};
@@ -177,6 +177,10 @@ struct Consumer {
     for (int h = 0; h < 2; ++h) {
       const int in_group = warp() * kStrip + lane() / 4 + 8 * h;
       c.scale[h] = channel_scales()[in_group];
+      if (kPlain) {
+        c.scale[h] *= 1.0f / (1 << kWidenShift);
+        continue;
+      }
       if (args.x_zero != nullptr) c.sum[h] = channel_sums()[in_group];
       const int j = min(c.first + 8 * h, static_cast<int>(args.n) - 1);
       if (args.bias != nullptr) c.bias[h] = load1(args.bias_dtype, args.bias, j);
@@ -271,7 +275,9 @@ struct Consumer {
   static constexpr int kVectorBytes = kGroupThreads * 16;
 
   __device__ __forceinline__ int number(int piece) const { return group * C::kPieces + piece; }
-  __device__ __forceinline__ int owner(int piece) const { return number(piece) % p.cluster; }
+  __device__ __forceinline__ int owner(int piece) const {
+    return number(piece) - p.parts(number(piece)) * p.parts.divisor();
+  }
   /// A bit for each piece that this block finishes.
   __device__ __forceinline__ uint32_t owned_pieces() const {
     if (!p.parted) return ~0u;
@@ -284,28 +290,34 @@ struct Consumer {
   }
   /// Where part `to` keeps what part `from` sends it.
   __device__ __forceinline__ uint32_t sent(int piece, int from, int to) const {
-    const int slot = number(piece) / p.cluster * (p.cluster - 1) + from - (from > to);
+    const int slot = p.parts(number(piece)) * (p.cluster - 1) + from - (from > to);
     return shared + slot * kPieceSumBytes + thread * 16;
   }
   __device__ __forceinline__ void exchange(int (&sums)[kSums]) const {
-    cluster_arrive();
+    cluster_arrive_relaxed();
     cluster_wait();  // all rings are free
+    const uint32_t arrived = shared + C::kSentAt + group * 8;
+    if (thread == 0) {
+      const int mine = __popc(owned_pieces() & ((1u << C::kPieces) - 1));
+      mbarrier_expect(arrived, mine * (p.cluster - 1) * kPieceSumBytes);
+    }
 #pragma unroll
     for (int i = 0; i < C::kPieces; ++i) {
       const int to = owner(i);
       if (to == rank) continue;
       const uint32_t at = cluster_address(sent(i, rank, to), to);
+      const uint32_t barrier = cluster_address(arrived, to);
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         const int* s = sums + i * kPieceSums + v * 4;
-        store_cluster(at + v * kVectorBytes, int4{s[0], s[1], s[2], s[3]});
+        store_cluster_async(at + v * kVectorBytes, barrier, int4{s[0], s[1], s[2], s[3]});
       }
     }
-    cluster_arrive();
-    cluster_wait();
+    wait(arrived, 0);  // a block has one tile
 #pragma unroll
     for (int i = 0; i < C::kPieces; ++i) {
       if (owner(i) != rank) continue;
+#pragma unroll 1
       for (int from = 0; from < p.cluster; ++from) {
         if (from == rank) continue;
 #pragma unroll
@@ -328,14 +340,15 @@ struct Consumer {
     return 2 * kBlock * b + i / 4 * 8 + lane() % 4 * 2 + i % 2;
   }
 
-  /// The outputs but for the residual.
+  /// The outputs but for the residual. kPlain: without zeros and bias; c.scale is of sums then.
+  template <bool kPlain>
   __device__ __forceinline__ void scale_block(float (&v)[kBlock], const int* sums, int b,
                                               const Channels& c) const {
     const LinearInt4Args& args = p.args;
     int acc[kBlock];
 #pragma unroll
-    for (int i = 0; i < kBlock; ++i) acc[i] = sums[i] >> kWidenShift;
-    if (args.x_zero != nullptr) {
+    for (int i = 0; i < kBlock; ++i) acc[i] = kPlain ? sums[i] : sums[i] >> kWidenShift;
+    if (!kPlain && args.x_zero != nullptr) {
       const int4 four = four_tokens(zeros(), b);
       const int z[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
@@ -348,7 +361,7 @@ struct Consumer {
       v[i] = __fmul_rn(__fmul_rn(static_cast<float>(acc[i]), s_x[i / 4 * 2 + i % 2]),
                        c.scale[i / 2 % 2]);
     }
-    if (args.bias != nullptr) {
+    if (!kPlain && args.bias != nullptr) {
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) v[i] = __fadd_rn(v[i], c.bias[i / 2 % 2]);
     }
@@ -382,9 +395,9 @@ struct Consumer {
                tile.token + i * kPieceTokens, barrier);
     }
   }
-  __device__ __forceinline__ void add_fetched(float (&v)[kBlock], int b) const {
+  __device__ __forceinline__ void add_fetched(float (&v)[kBlock], uint32_t row) const {
     uint32_t words[kBlock / 2];  // two tokens each
-    ldmatrix_x4_trans(words, box_row(b));
+    ldmatrix_x4_trans(words, row);
 #pragma unroll
     for (int i = 0; i < kBlock / 2; ++i) {
       const float2 r =
@@ -397,26 +410,28 @@ struct Consumer {
     }
   }
 
-  /// Outputs of 16 bits, to the boxes.
+  /// Outputs of 16 bits, to the boxes. No warpgroup multiplies meanwhile, so that the usual case,
+  /// kPlain, has its own code: of 16 * acc, whose products are 16 times those of acc.
+  template <bool kPlain>
   __device__ __forceinline__ void finish_boxes(const int (&sums)[kSums], uint32_t owned,
                                                const Tile& tile) {
-    const Channels c = load_channels(tile);
+    const Channels c = load_channels<kPlain>(tile);
+    const uint32_t row = box_row(0);
 #pragma unroll
     for (int b = 0; b < C::kPieces; ++b) {
       if ((owned >> b & 1) == 0) continue;
       float v[kBlock];
-      scale_block(v, sums + b * kBlock, b, c);
-      if (p.load_boxes) add_fetched(v, b);
+      scale_block<kPlain>(v, sums + b * kBlock, b, c);
+      if (p.load_boxes) add_fetched(v, row + b * kPieceBytes);
       uint32_t words[kBlock / 2];  // two tokens each
 #pragma unroll
       for (int i = 0; i < kBlock / 2; ++i) {
         words[i] = p.args.out_dtype == DType::f16 ? pack_f16x2(v[2 * i], v[2 * i + 1])
                                                   : pack_bf16x2(v[2 * i], v[2 * i + 1]);
       }
-      stmatrix_x4_trans(box_row(b), words[0], words[1], words[2], words[3]);
+      stmatrix_x4_trans(row + b * kPieceBytes, words[0], words[1], words[2], words[3]);
     }
   }
-
   /// Outputs of any type, any n: one by one. A loop takes the sums from shared memory, half of each
   /// block of them at a time: as straight code this would fill the instruction cache.
   __device__ __forceinline__ void finish_elements(const int (&sums)[kSums], uint32_t owned,
@@ -485,7 +500,11 @@ struct Consumer {
     const uint32_t owned = owned_pieces();
     if (!p.boxes) return finish_elements(sums, owned, tile);
     if (p.load_boxes) wait(shared + C::kResidualAt + group * 8, parity);
-    finish_boxes(sums, owned, tile);
+    if (p.args.x_zero == nullptr && p.args.bias == nullptr) {
+      finish_boxes<true>(sums, owned, tile);
+    } else {
+      finish_boxes<false>(sums, owned, tile);
+    }
     async_proxy_fence();
     sync();  // boxes are full, scales and zeros have been read
     if (thread == 0) {

@@ -76,8 +76,9 @@ struct Config {
   static constexpr int kFullAt = kChannelSumsAt + kChannelScaleBytes;
   static constexpr int kEmptyAt = kFullAt + kStages * 8;
   static constexpr int kResidualAt = kEmptyAt + kStages * 8;
-  static constexpr int kSharedBytes = kSwizzleBytes + kResidualAt + kConsumers * 8;
-  static_assert((2 * kStages + kConsumers) * 8 <= kBarrierBytes);
+  static constexpr int kSentAt = kResidualAt + kConsumers * 8;
+  static constexpr int kSharedBytes = kSwizzleBytes + kSentAt + kConsumers * 8;
+  static_assert(2 * (kStages + kConsumers) * 8 <= kBarrierBytes);
   static_assert(kTokenBytes % kSwizzleBytes == 0 && kPieceBytes % kSwizzleBytes == 0);
   // The ring holds what the parts of k exchange.
   static_assert(most_received(kConsumers* kPieces) * kPieceSumBytes <= kPiecesAt);
@@ -109,6 +110,7 @@ struct Params {
   int pair;             // blocks of a cluster that have neighbouring whole tiles
   int whole_tiles;      // of a cluster
   bool parted;          // its blocks share the columns of each
+  FastDiv parts;        // `cluster` then
   int narrow_tiles;     // of a cluster, after the whole ones; token tiles are one set then
   int narrow_groups;    // warpgroups that have channels there
   int copied_groups;    // warpgroups whose weights are copied; more than need them in narrow tiles
