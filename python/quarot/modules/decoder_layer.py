@@ -1,8 +1,8 @@
 """The decoder layer of a converted model: one implementation for every architecture.
 
-Eight op calls: norm, quantize and q|k|v, RoPE + R3 + append to the quantized cache, attention to
-it, head Hadamard and quantize, output projection + residual; norm, quantize and gate|up, activation
-+ R4 + quantize, down projection + residual.
+Ten op calls: norm and quantize, q|k|v, RoPE + R3 + append to the quantized
+cache, attention to it, head Hadamard and quantize, output projection + residual; norm and quantize,
+gate|up, activation + R4 + quantize, down projection + residual.
 
 In a state dict the layer looks like the one it replaces (module `canonical`). Those tensors exist
 while a checkpoint is read. `fuse` moves them into the kernels' buffers, and saving or loading
@@ -225,8 +225,8 @@ class DecoderLayer(Watched):
         ops, geometry, dtype = backend_ops(self.backend), self.geometry, hidden_states.dtype
         linears, codes, eps = self._fused_linears, self._codes, geometry.norm_eps
 
-        norm = self._norm("attention_norm")
-        qkv = linears["qkv"].after_norm(hidden_states, norm, eps, codes["qkv"], out_dtype=dtype)
+        x = ops.rmsnorm_quantize(hidden_states, self._norm("attention_norm"), eps, **codes["qkv"])
+        qkv = linears["qkv"](*x, out_dtype=dtype)
         heads = qkv.unflatten(-1, (-1, geometry.head_dim))
         sizes = [geometry.heads, geometry.kv_heads, geometry.kv_heads]
         q, k, v = torch.split_with_sizes(heads, sizes, 2)
@@ -238,8 +238,8 @@ class DecoderLayer(Watched):
         x = ops.head_hadamard_quantize(mixed, self.head_block, **codes["o"])
         hidden_states = linears["o"](*x, hidden_states, out_dtype=dtype)
 
-        norm, gate_up = self._norm("mlp_norm"), linears["gate_up"]
-        gate_up = gate_up.after_norm(hidden_states, norm, eps, codes["up_gate"], out_dtype=dtype)
+        x = ops.rmsnorm_quantize(hidden_states, self._norm("mlp_norm"), eps, **codes["up_gate"])
+        gate_up = linears["gate_up"](*x, out_dtype=dtype)
         x = ops.glu_hadamard_quantize(gate_up, geometry.activation, self.r4_size, **codes["down"])
         return linears["down"](*x, hidden_states, out_dtype=dtype)
 

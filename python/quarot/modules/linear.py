@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,26 +146,6 @@ class QuantizedLinear(Watched):
             x = run.dequantize(x, x_scale, x_zero, dtype=out_dtype)
         y = functional.linear(x.to(out_dtype), weight, self.bias)
         return y if residual is None else residual + y
-
-    def after_norm(
-        self, x: Tensor, norm: Tensor, eps: float, codes: dict[str, Any], *, out_dtype: torch.dtype
-    ) -> Tensor:
-        """Return `forward` of x [..., k], normalised, times norm [k], and quantized by `codes`."""
-        run = backend_ops(self.backend)
-        if self.bits == 16 or codes["bits"] == 16:
-            return self(*run.rmsnorm_quantize(x, norm, eps, **codes), out_dtype=out_dtype)
-        held = self._buffers
-        return run.rmsnorm_linear_int4(
-            x,
-            norm,
-            held["weight"],
-            held["weight_scale"],
-            held["weight_sum"],
-            held["bias"],
-            eps=eps,
-            out_dtype=out_dtype,
-            **codes,
-        )
 
     def _rows(self) -> Tensor:
         """Return the weight by rows: packed codes [n, k / 2], or [n, k] at 16 bits."""
