@@ -6,6 +6,8 @@ of four times the last-level cache; "read" sums the same bytes. The model has Sm
 and random weights; llama.cpp needs a file: QUAROT_BENCH_GGUF.
 
     OMP_NUM_THREADS=2 taskset -c 2,3 python -m pytest -s benchmarks/bench_cpu.py
+
+The two processors must not share a core: hyperthreads of one take turns.
 """
 
 from __future__ import annotations
@@ -25,8 +27,12 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import quarot
-from common import Case, measure
-from quarot import ops
+from bench_attention import Shape, attend, make, verify
+from bench_linear_int4 import verify as verify_linear
+from common import Case, check_error, measure
+from quarot import hadamard, ops
+from quarot.modules import replay
+from quarot.ops import reference
 
 BF16 = torch.bfloat16
 SECONDS = 0.2
@@ -42,10 +48,13 @@ LINEARS += [(m, n, k, False) for m in (1, 512) for n, k in
 MOST_TOKENS_INT4PACK = 16
 LEAST_TOKENS_INT8 = 17  # _int_mm's own limit
 WIDTHS = [576, 1536, 4096, 8192, 11008, 14336]
-# query heads, key heads, head_dim, context, queries
-ATTENTION = [(9, 3, 64, 4096, 1), (32, 8, 128, 4096, 1), (9, 3, 64, 512, 512)]
+ATTENTION = [
+    Shape(1, 4096, heads=9, kv_heads=3, dim=64),
+    Shape(1, 4096),
+    Shape(1, 512, heads=9, kv_heads=3, dim=64, queries=512),
+]
 PROMPT, NEW = 512, 64
-RUNS = 3
+RUNS = 5
 
 Report = Callable[[str, Case], None]
 
@@ -65,11 +74,16 @@ def copies(x: Tensor, cold: bool) -> list[Tensor]:
 @pytest.mark.parametrize(("m", "n", "k", "cold"), LINEARS)
 def test_linear_int4(report: Report, m: int, n: int, k: int, cold: bool) -> None:
     torch.manual_seed(0)
-    weights = copies(ops.prepack_int4(torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)), cold)
+    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
+    weights = copies(ops.prepack_int4(codes), cold)
     scale, x_scale = torch.rand(n, 1) / k, torch.rand(m)
     x = torch.randint(-127, 128, (m, k), dtype=torch.int8)
     y = torch.randn(m, k, dtype=BF16)
 
+    def run(w: Tensor) -> Tensor:
+        return ops.linear_int4(x, x_scale, None, w, scale, out_dtype=BF16)
+
+    verify_linear(run(weights[0]), x, x_scale, codes, scale)
     baselines: dict[str, Callable[[], object]] = {}
     if cold:
         words = [w.view(torch.int64) for w in weights]
@@ -78,8 +92,8 @@ def test_linear_int4(report: Report, m: int, n: int, k: int, cold: bool) -> None
         dense = torch.randn(n, k, dtype=BF16)
         baselines["bf16"] = lambda: functional.linear(y, dense)
     if m <= MOST_TOKENS_INT4PACK:
-        codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
-        packed = copies(torch._convert_weight_to_int4pack_for_cpu(codes, 1), cold)
+        nibbles = torch.randint(0, 16, (n, k), dtype=torch.int32)
+        packed = copies(torch._convert_weight_to_int4pack_for_cpu(nibbles, 1), cold)
         grid = torch.randn(k // GROUP, n, 2, dtype=BF16)
         mm = torch._weight_int4pack_mm_for_cpu
         baselines["int4pack"] = turns([lambda w=w: mm(y, w, GROUP, grid) for w in packed])
@@ -89,14 +103,13 @@ def test_linear_int4(report: Report, m: int, n: int, k: int, cold: bool) -> None
     case = measure(
         "linear_int4",
         f"{m} x {n} x {k} {'cold' if cold else 'warm'}",
-        turns([lambda w=w: ops.linear_int4(x, x_scale, None, w, scale, out_dtype=BF16)
-               for w in weights]),
+        turns([lambda w=w: run(w) for w in weights]),
         device="cpu",
         moved=n * k // 2 + m * k + 2 * m * n,
         baselines=baselines,
         sizes={"m": m, "n": n, "k": k},
         seconds=SECONDS,
-    )  # fmt: skip
+    )
     report("cpu", case)
 
 
@@ -107,6 +120,12 @@ def test_rows(report: Report, name: str, n: int) -> None:
     x = torch.randn(512, n)
     target = torch.empty_like(x)
     op = getattr(ops, name)
+    head = x[:16]
+    if name == "hadamard":
+        exact = hadamard.transform(head.double())
+        check_error(op(head), exact, hadamard.transform(head), what=f"hadamard {n}")
+    elif not all(map(torch.equal, op(head)[:2], reference.quantize(head)[:2])):
+        raise AssertionError(f"quantize {n}: differs from the reference")
     case = measure(
         name,
         f"512 x {n} float32",
@@ -120,32 +139,24 @@ def test_rows(report: Report, name: str, n: int) -> None:
     report("cpu", case)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "context", "queries"), ATTENTION)
-def test_attention(
-    report: Report, heads: int, kv_heads: int, dim: int, context: int, queries: int
-) -> None:
+@pytest.mark.parametrize("shape", ATTENTION, ids=str)
+def test_attention(report: Report, shape: Shape) -> None:
     torch.manual_seed(0)
-    rows = (1, kv_heads, context)
-
-    def half() -> tuple[Tensor, Tensor, Tensor]:
-        codes = torch.randint(0, 256, (*rows, dim // 2), dtype=torch.uint8)
-        scale = ((torch.rand(rows) + 0.5) / 8).half()
-        return codes, scale, torch.randint(0, 16, rows, dtype=torch.uint8)
-
-    cache = (*half(), *half())
-    q = torch.randn(1, queries, heads, dim, dtype=BF16)
-    keys, values = (torch.randn(*rows, dim, dtype=BF16) for _ in range(2))
-    lengths = torch.tensor([context], dtype=torch.int32)
+    q, cache = make(shape, "cpu")
+    lengths = shape.lengths("cpu")
+    verify(shape, q, cache, lengths)
+    rows = (1, shape.kv_heads, shape.context, shape.dim)
+    keys, values = (torch.randn(rows, dtype=BF16) for _ in range(2))
 
     def sdpa() -> Tensor:
         return functional.scaled_dot_product_attention(
-            q.transpose(1, 2), keys, values, is_causal=queries > 1, enable_gqa=True
+            q.transpose(1, 2), keys, values, is_causal=shape.queries > 1, enable_gqa=True
         )
 
     case = measure(
         "attention",
-        f"{heads}/{kv_heads} x {dim} ctx {context} S{queries}",
-        lambda: ops.attention(q, *cache, lengths, bits=4, scale=dim**-0.5, length=context),
+        str(shape),
+        lambda: attend(shape, q, cache, lengths),
         device="cpu",
         moved=sum(t.nbytes for t in cache) + 2 * q.nbytes,
         baselines={"sdpa": sdpa},
@@ -155,7 +166,10 @@ def test_attention(
 
 
 def test_model(report: Report) -> None:
-    """Time a token through `generate`, greedy, of the prompt and after it: W4A8KV4 beside bf16."""
+    """Time a token through `generate`, greedy, of the prompt and after it: W4A8KV4 beside bf16.
+
+    Verified: the replayed steps give the tokens of steps that are not.
+    """
     config = LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
         num_attention_heads=9, num_key_value_heads=3, head_dim=64, tie_word_embeddings=True,
@@ -169,6 +183,12 @@ def test_model(report: Report) -> None:
     model = quarot.convert(model, "W4A8KV4", progress=False)
     seconds = time.perf_counter() - start
     ours = rates(model)
+    ids = prompt(model)
+    replayed = greedy(model, ids, NEW)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "enabled", False)
+        if not torch.equal(replayed, greedy(model, ids, NEW)):
+            raise AssertionError("replayed steps give other tokens")
     path = os.environ.get("QUAROT_BENCH_GGUF")
     if path and importlib.util.find_spec("llama_cpp"):
         peers["llama.cpp"] = llama_cpp_rates(path)
@@ -190,19 +210,21 @@ def least_seconds(run: Callable[[], object]) -> float:
     return min(times)
 
 
+def prompt(model: Any) -> Tensor:
+    return torch.randint(3, model.config.vocab_size, (1, PROMPT))
+
+
 @torch.inference_mode()
+def greedy(model: Any, ids: Tensor, new: int) -> Tensor:
+    options = {"do_sample": False, "max_new_tokens": new}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+
 def rates(model: Any) -> tuple[float, float]:
     """Return prompt and new tokens a second."""
-    ids = torch.randint(3, model.config.vocab_size, (1, PROMPT))
-
-    def generate(new: int) -> float:
-        options = {"do_sample": False, "max_new_tokens": new}
-        return least_seconds(
-            lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        )
-
-    first = generate(1)
-    return PROMPT / first, (NEW - 1) / (generate(NEW) - first)
+    ids = prompt(model)
+    first, all_ = (least_seconds(lambda new=new: greedy(model, ids, new)) for new in (1, NEW))
+    return PROMPT / first, (NEW - 1) / (all_ - first)
 
 
 def llama_cpp_rates(path: str) -> tuple[float, float]:

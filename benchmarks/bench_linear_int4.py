@@ -110,7 +110,7 @@ def test_linear_int4(
                 x, x_scale, None, w, scales[group], residual=residual, out_dtype=DTYPE[device]
             )
 
-        _verify(run(weights[0], k), x, x_scale, packed, scales[k])
+        verify(run(weights[0], k), x, x_scale, packed, scales[k])
         others = {name: peer(m) for name, peer in peers.items()}
         if m in GROUPED_TOKENS:
             for group in GROUPS:
@@ -146,7 +146,7 @@ def test_linear_int4(
         report(device, case)
 
 
-def _verify(y: Tensor, x: Tensor, x_scale: Tensor, packed: Tensor, w_scale: Tensor) -> None:
+def verify(y: Tensor, x: Tensor, x_scale: Tensor, packed: Tensor, w_scale: Tensor) -> None:
     """Compare some tokens and channels with the reference: bit by bit."""
     tokens, channels = slice(None, None, -(-len(y) // 32)), slice(None, None, 101)
     expected = reference.linear_int4(

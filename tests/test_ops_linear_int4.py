@@ -167,7 +167,7 @@ def test_divisions_of_the_work(device, m, n, k, residual_dtype):
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 @pytest.mark.parametrize("asymmetric", [False, True])
-@pytest.mark.parametrize("group", [64, 128, 192, 256])
+@pytest.mark.parametrize("group", [64, 128, 192, 256, 768])
 @pytest.mark.parametrize(
     ("m", "n", "k"),
     [

@@ -440,13 +440,14 @@ def test_fused_huge_rows(device, n):
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("n", [1536, 4096, 5120, 8192, 11008, 13824, 14336, 28672, 32768])
 def test_fused_transforms_of_few_rows(device, rows, n):
-    """They have a kernel of their own."""
+    """They have a kernel of their own, where a row is one block."""
     for dtype in DTYPES:
-        x = torch.randn(rows, 2 * n + 16).to(dtype)[:, : 2 * n]
-        for op, *arguments in (
-            ("hadamard_quantize", n),
-            ("glu_hadamard_quantize", "silu"),
-            ("glu_hadamard_quantize", "gelu"),
+        both = torch.randn(rows, 2 * n + 16).to(dtype)[:, : 2 * n]
+        for op, x, *arguments in (
+            ("hadamard_quantize", both[:, :n], n),
+            ("hadamard_quantize", both, n),
+            ("glu_hadamard_quantize", both, "silu", n),
+            ("glu_hadamard_quantize", both, "gelu", n),
         ):
             for options in ({"bits": 8, "clip": 0.9}, {"bits": 4, "packed": True, "clip": 0.9}):
                 actual, expected = (

@@ -74,9 +74,12 @@ inline Tensor causal_on_cpu(const Tensor& q, const AttentionArgs& a, double scal
       const auto part = [&](const Tensor& x) {
         return torch::stable::transpose(every(every(x, 0, b, 1), 2, h * group, some * group), 1, 2);
       };
+      const Tensor result = torch_attention(part(q), keys, values, std::nullopt, true, scale, true);
+      if (a.batch == 1 && some == a.kv_heads) {  // laid out so by torch already, as a rule
+        return torch::stable::contiguous(torch::stable::transpose(result, 1, 2));
+      }
       Tensor to = part(out);
-      torch::stable::copy_(to,
-                           torch_attention(part(q), keys, values, std::nullopt, true, scale, true));
+      torch::stable::copy_(to, result);
     }
   }
   return out;

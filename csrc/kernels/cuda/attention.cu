@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks)
   Unit unit{0, result - index * splits, splits};
   unsigned char* const ring = dynamic_shared() + warp * C::kWarpBytes;
   Parts<C> parts(rank);
-  parts.expect(rows.rows);
+  parts.open();
 
   if constexpr (C::kCluster == 1) {
     wait_for_previous_grid();

@@ -77,9 +77,12 @@ constexpr int64_t kAny = int64_t{1} << 62;
 
 /// From so many tokens sm_90a's kernel for many tokens is the faster one.
 constexpr int64_t kPrefillTokens = 17;
-/// The same of its kernels for scales of groups: from the first on where kGroupedTiles has none,
-/// from the second in any case.
-constexpr int64_t kGroupedTokens = 9, kManyGroupedTokens = 17;
+/// The same of its kernels for scales of groups: from the first with more channels than
+/// kFewGroupedChannels, from the second with any.
+constexpr int64_t kGroupedTokens = 9, kManyGroupedTokens = 17, kFewGroupedChannels = 4096;
+/// And with fewer tokens, if all of them together have more groups: these fill kGroupedTiles'
+/// shared memory.
+constexpr int64_t kManyGroups = 1024;
 
 // Measured on an H200 (benchmarks/bench_linear_int4.py). Few channels: small blocks, so that all
 // processors have some. 6336 and 29568 are 48 and 224 channels for each of 132 processors: 6144 x
@@ -146,9 +149,12 @@ bool run(const LinearInt4Args& args, Stream stream) {
                    : run_first(kPackedPerChannel, args, stream);
   }
   if (!grouped) return run_first(kPerChannel, args, stream);
-  const bool tiles = args.k / args.groups % kTileColumns == 0;
-  if (tiles && args.m < kManyGroupedTokens && run_first(kGroupedTiles, args, stream)) return true;
-  if (args.m >= kGroupedTokens && linear_int4_grouped_fits(args)) {
+  const bool fits = linear_int4_grouped_fits(args);
+  const bool tiles = args.k / args.groups % kTileColumns == 0 && args.m < kManyGroupedTokens;
+  const bool many = args.m * args.groups > kManyGroups ||
+                    (args.m >= kGroupedTokens && args.n > kFewGroupedChannels);
+  if (tiles && !(fits && many) && run_first(kGroupedTiles, args, stream)) return true;
+  if (fits && (many || args.m >= kGroupedTokens)) {
     linear_int4_grouped(args, stream);
     return true;
   }

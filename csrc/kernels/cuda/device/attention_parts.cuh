@@ -92,14 +92,13 @@ class Parts {
     sent_stats_ = reinterpret_cast<Stats*>(sent_ + C::kRows * C::kDim);
   }
 
-  /// First: tells the cluster that this block runs and can be sent so many rows.
-  __device__ __forceinline__ void expect(int rows) {
+  /// First: tells the cluster that this block runs and can be sent its rows.
+  __device__ __forceinline__ void open() {
 #if __CUDA_ARCH__ >= 900
     if constexpr (C::kCluster > 1) {
       if (threadIdx.x == 0) {
         mbarrier_init(barrier(), 1);
         mbarrier_init_fence();
-        mbarrier_expect(barrier(), rows * kSentRowBytes<C>);
       }
       cluster_arrive_relaxed();
     }
@@ -137,6 +136,7 @@ class Parts {
     __syncthreads();
 #if __CUDA_ARCH__ >= 900
     if constexpr (C::kCluster > 1) {
+      if (threadIdx.x == 0) mbarrier_expect(barrier(), rows * kSentRowBytes<C>);
       cluster_wait();
       for (int row = warp; row < rows; row += kWarps) add_own(row, Send{*this, row});
       while (!mbarrier_try_wait(barrier(), 0)) {

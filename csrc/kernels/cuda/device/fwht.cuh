@@ -108,9 +108,11 @@ struct Result {
   int first;  // its first element
   int items;  // how many there are
 
-  __device__ __forceinline__ int at(int item, int part) const {
-    return first + (item << (kBits + 2)) + part * kGroupColumns;
+  /// Element of a part after the first one: a constant, so that addresses need one addition.
+  static __device__ __forceinline__ constexpr int offset(int item, int part) {
+    return (item << (kBits + 2)) + part * kGroupColumns;
   }
+  __device__ __forceinline__ int at(int item, int part) const { return first + offset(item, part); }
 };
 
 /// Operands of the product: the elements themselves, or their three bf16 summands, the largest

@@ -22,14 +22,13 @@ struct StoreRows {
   template <class R>
   __device__ __forceinline__ void take(const FwhtPlan& p, R& result, unsigned char*, int tile,
                                        int) const {
-    const int64_t first = int64_t{tile} * p.side * p.n;
+    const int64_t first = int64_t{tile} * p.side * p.n + result.first;
 #pragma unroll
     for (int r = 0; r < R::kItems; ++r) {
       if (r >= result.items) continue;
 #pragma unroll
-      for (int c = 0; c < R::kParts; ++c) {
-        store_chunk<kDtype>(out, first + result.at(r, c), result.v[r][c]);
-      }
+      for (int c = 0; c < R::kParts; ++c)
+        store_chunk<kDtype>(out, first + R::offset(r, c), result.v[r][c]);
     }
   }
 };
@@ -111,13 +110,50 @@ struct QuantizeRows {
     return {__float_as_int(high) & 0x7fffffff, __float_as_int(low) & 0x7fffffff};
   }
 
+  /// Writes the codes of a result whose first element is number `first` of all rows. One branch for
+  /// all of them, and addresses a constant apart.
+  template <int kCodeBits, class R, class GridAt>
+  __device__ __forceinline__ void put_codes(const R& result, int64_t first, GridAt grid_at) const {
+    constexpr int kWords = kCodeBits / 4;
+    // u - half in two's complement: the highest bit of u flipped, where u fills its place.
+    const int half = 1 << (out.bits - 1);
+    const uint32_t fill = kCodeBits == 8 ? static_cast<uint32_t>(128 - half) * 0x01010101u : 0;
+    const uint32_t flip = kCodeBits == 8 ? 0x80808080u : 0x88888888u;
+    char* const to = static_cast<char*>(out.codes) + (first >> (kCodeBits == 8 ? 0 : 1));
+#pragma unroll
+    for (int r = 0; r < R::kItems; ++r) {
+      if (r >= result.items) continue;
+#pragma unroll
+      for (int c = 0; c < R::kParts; ++c) {
+        const Grid grid = grid_at(r, c);
+        uint32_t words[kWords];
+#pragma unroll
+        for (int i = 0; i < kWords; ++i)
+          words[i] = (code_word<kCodeBits, Rounding::fused>(result.v[r][c] + i * (kChunk / kWords),
+                                                            grid, half) +
+                      fill) ^
+                     flip;
+        store_words_once(to + R::offset(r, c) * kCodeBits / 8, 0, words);
+      }
+    }
+  }
+  template <class R, class GridAt>
+  __device__ __forceinline__ void put_all(const R& result, int64_t first, GridAt grid_at) const {
+    if (out.packed) {
+      put_codes<4>(result, first, grid_at);
+    } else {
+      put_codes<8>(result, first, grid_at);
+    }
+  }
+
   template <class R>
   __device__ __forceinline__ void take(const FwhtPlan& p, R& result, unsigned char* memory,
                                        int tile, int turn) const {
     const int count = p.side * row_groups;
     auto* slots = reinterpret_cast<Slot*>(memory) + turn * count;
     auto* others = reinterpret_cast<Slot*>(memory) + (turn ^ 1) * count;
-    const int64_t first_row = int64_t{tile} * p.side, first = first_row * p.n;
+    const int64_t first_row = int64_t{tile} * p.side;
+    const int64_t first = first_row * p.n + result.first;
     const int lane = threadIdx.x % kWarp;
     const auto clear_others = [&] {
       for (int s = threadIdx.x; s < count; s += blockDim.x) others[s].high = others[s].low = 0;
@@ -158,23 +194,10 @@ struct QuantizeRows {
       }
       const Grid grid = grid_of(p, range);
       if (leads && (p.alone || result.first == result.row * p.n)) put(grid, first_row + result.row);
-#pragma unroll
-      for (int r = 0; r < R::kItems; ++r) {
-        if (r >= result.items) continue;
-#pragma unroll
-        for (int c = 0; c < R::kParts; ++c)
-          store_codes<Rounding::fused>(out, first + result.at(r, c), result.v[r][c], grid);
-      }
-      return;
+      return put_all(result, first, [&](int, int) { return grid; });
     }
-#pragma unroll
-    for (int r = 0; r < R::kItems; ++r) {
-      if (r >= result.items) continue;
-#pragma unroll
-      for (int c = 0; c < R::kParts; ++c)
-        store_codes<Rounding::fused>(out, first + result.at(r, c), result.v[r][c],
-                                     slots[group_chunks(result.at(r, c) / kChunk)].grid());
-    }
+    put_all(result, first,
+            [&](int r, int c) { return slots[group_chunks(result.at(r, c) / kChunk)].grid(); });
   }
 };
 

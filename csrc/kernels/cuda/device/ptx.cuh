@@ -156,11 +156,6 @@ __device__ __forceinline__ void mma_s4(int (&d)[4], const uint4& a, uint32_t b0,
 __device__ __forceinline__ void barrier_sync(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
-/// Counts this thread at such a barrier without waiting: what it wrote is visible to those that
-/// wait.
-__device__ __forceinline__ void barrier_arrive(int number, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
 
 // ---- Numbers ------------------------------------------------------------------------------------
 
@@ -456,6 +451,11 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t shared, uint32_t r0, 
 
 /// Fixes that the register is written before what follows, so that a wgmma_fence is in time.
 __device__ __forceinline__ void pin(uint32_t& r) { asm volatile("" : "+r"(r)::"memory"); }
+/// Fixes an address, so that it is not worked out again where it is used.
+template <class T>
+__device__ __forceinline__ void pin(const T*& p) {
+  asm volatile("" : "+l"(p));
+}
 /// Before the first wgmma, and after ordinary writes to a register that one reads.
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");

@@ -62,6 +62,16 @@ __device__ __forceinline__ void to_planes(uint4 (&fragment)[kPlanes], Square x, 
   }
 }
 
+/// Adds a step's sums of the small operands to those of the large ones. Tensor cores cut what they
+/// add to: the sums of large operands alone are exact, and this rounds to nearest, where all in one
+/// sum would make the result smaller by half a unit a step.
+__device__ __forceinline__ void add(Square& x, const Square& small) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int c = 0; c < 4; ++c) x.v[i][c] += small.v[i][c];
+}
+
 /// The constant matrices of the two 16-point steps as fragments. Index bits of the steps, lowest
 /// first, are bits of the group: A's rows 5 0 1 3, its columns 0 3 5 1; B's rows 4 6 7 2, its
 /// columns 2 6 7 4.
@@ -404,18 +414,24 @@ struct Loader {
         uint4 in[kInputs];
         inputs(in, held[i], e, dead, signs.minus);
         Square x{};
-#pragma unroll
-        for (int o = kInputs - 1; o >= 0; --o) {  // the small ones first
-          mma<Op::kFirst>(x.v[0], signs.a, in[o].x, in[o].z);
-          mma<Op::kFirst>(x.v[1], signs.a, in[o].y, in[o].w);
+        mma<Op::kFirst>(x.v[0], signs.a, in[0].x, in[0].z);
+        mma<Op::kFirst>(x.v[1], signs.a, in[0].y, in[0].w);
+        if constexpr (kInputs > 1) {
+          Square small{};
+          mma<Op::kFirst>(small.v[0], signs.a, in[1].x, in[1].z);
+          mma<Op::kFirst>(small.v[1], signs.a, in[1].y, in[1].w);
+          add(x, small);
         }
         uint4 word[Op::kPlanes];
         to_planes<Op::kMiddle>(word, x, signs.minus);
         x = {};
-#pragma unroll
-        for (int o = Op::kPlanes - 1; o >= 0; --o) {
-          mma<Op::kMiddle>(x.v[0], word[o], signs.b[0].x, signs.b[0].y);
-          mma<Op::kMiddle>(x.v[1], word[o], signs.b[1].x, signs.b[1].y);
+        mma<Op::kMiddle>(x.v[0], word[0], signs.b[0].x, signs.b[0].y);
+        mma<Op::kMiddle>(x.v[1], word[0], signs.b[1].x, signs.b[1].y);
+        if constexpr (Op::kPlanes > 1) {
+          Square small{};
+          mma<Op::kMiddle>(small.v[0], word[1], signs.b[0].x, signs.b[0].y);
+          mma<Op::kMiddle>(small.v[1], word[1], signs.b[1].x, signs.b[1].y);
+          add(x, small);
         }
         to_planes<Op::kMiddle>(word, x, signs.minus);
         const int2 at = this->place(position(g, lane.unit));

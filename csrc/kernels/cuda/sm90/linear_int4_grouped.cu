@@ -20,21 +20,25 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     linear_int4_grouped_kernel(const __grid_constant__ Params p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  const uint32_t shared =
-      (shared_address(dynamic_shared()) + kSwizzleBytes - 1) & ~(kSwizzleBytes - 1);
+  // Through a reduction: so the compiler knows that all lanes have the same, and keeps it.
+  const uint32_t shared = __reduce_or_sync(
+      ~0u, (shared_address(dynamic_shared()) + kSwizzleBytes - 1) & ~(kSwizzleBytes - 1));
   if (threadIdx.x == 0) {
     for (int s = 0; s < C::kStages; ++s) {
       mbarrier_init(shared + C::kFullAt + s * 8, 1);
       mbarrier_init(shared + C::kEmptyAt + s * 8, p.pair * C::kEmptyArrivals);
     }
     for (int g = 0; g < C::kWarpgroups; ++g) mbarrier_init(shared + C::kResidualAt + g * 8, 1);
+    if constexpr (C::kStrips == 1) {
+      for (int i = C::kTurnsAt; i < C::kTotalsAt; i += 8) mbarrier_init(shared + i, kWarp);
+    }
     mbarrier_init_fence();
   }
   start_next_grid();
   wait_for_previous_grid();
   cluster_arrive();
   cluster_wait();
-  const int group = static_cast<int>(threadIdx.x) / kGroupThreads;
+  const int group = static_cast<int>(__reduce_or_sync(~0u, threadIdx.x / kGroupThreads));
   if (group == C::kWarpgroups) {
     registers_release<prefill::kProducerRegisters>();
     if (threadIdx.x == C::kWarpgroups * kGroupThreads) fill_ring<C>(p, shared);
@@ -135,7 +139,7 @@ constexpr Choice relay(int64_t one, int64_t two) {
   return {kTokens,
           kGroupChannels,
           {one, two},
-          4000,
+          1000,
           &run<RelayConfig<kTokens, 2>>,
           &run<RelayConfig<kTokens, 1>>,
           &run<RelayConfig<kTokens, 1>>};
@@ -145,22 +149,24 @@ constexpr Choice strips(int64_t one, int64_t two) {
   return {kTokens,
           2 * kGroupChannels,
           {one, two},
-          4000,
+          3700,
           &run<StripsConfig<kTokens, 2, false>>,
           &run<StripsConfig<kTokens, 1, false>>,
           &run<StripsConfig<kTokens, 1, true>>};
 }
 constexpr Choice kChoices[] = {
-    relay<16>(415, 770),   relay<32>(455, 830),     relay<64>(585, 1060),
-    strips<64>(880, 1390), strips<128>(1285, 2090),
+    relay<16>(331, 391),   relay<32>(378, 525),     relay<64>(560, 1035),
+    strips<64>(748, 1235), strips<128>(1240, 1737),
 };
 
 /// The choice of the fewest cycles: waves of tiles times what each takes.
-const Choice& choice_of(const LinearInt4Args& args, bool halves) {
+const Choice& choice_of(const LinearInt4Args& args, int64_t group) {
+  const bool halves = group < kColumns;
   const int64_t processors = device_limits().processors, stages = ceil_div(args.k, kColumns);
   const Choice* best = nullptr;
   int64_t fewest = 0;
   for (const Choice& c : kChoices) {
+    if (c.channels == kGroupChannels && group > kRelayColumns) continue;
     const int64_t tiles = ceil_div(args.m, c.tokens) * ceil_div(args.n, c.channels);
     const int64_t cycles = ceil_div(tiles, processors) * (stages * c.stage[halves] + c.tile);
     if (best != nullptr && cycles >= fewest) continue;
@@ -180,7 +186,7 @@ bool linear_int4_grouped_fits(const LinearInt4Args& args) {
 
 void linear_int4_grouped(const LinearInt4Args& args, Stream stream) {
   const int64_t group = args.k / args.groups;
-  const Choice& c = choice_of(args, group < kColumns);
+  const Choice& c = choice_of(args, group);
   const bool whole = group == kColumns || (c.channels == kGroupChannels && group % kColumns == 0);
   (whole ? c.whole : group == kHalfColumns ? c.halves : c.other)(args, stream);
 }

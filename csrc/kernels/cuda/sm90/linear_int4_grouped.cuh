@@ -9,18 +9,19 @@
 //                          have 64 channels each. Of the two halves of its tokens a warpgroup
 //                          converts one while the other is multiplied.
 //     few tokens (Relay)   A block makes tiles of 64 channels x 16, 32 or 64 tokens; four
-//                          warpgroups take turns along the columns, a group each. Each scales its
-//                          group's sums, waits for the sum of all groups before, adds its own, and
-//                          hands the sum on through shared memory: in ascending order, though four
-//                          groups are worked on at a time.
+//                          warpgroups take turns along the columns, a group or two each. Each
+//                          scales its groups' sums, waits for the sum of all groups before, adds
+//                          its own, and hands the sum on through shared memory: in ascending order,
+//                          though four turns are worked on at a time.
 //
 // A thread of a further warpgroup fills a ring of stages of 128 columns with the copy engine.
 //
 // Bound: many tokens, tensor cores and instructions together. A scheduler that issues an
 // instruction each cycle keeps wgmma waiting: measured on an H200, the share of time that the
 // tensor cores are busy and the instructions a cycle add up to 1.0 to 1.1. A stage of a tile of 128
-// x 128 takes 512 cycles of tensor cores and 2 x 370 instructions a scheduler, and was measured to
-// take 1285. Few tokens: the chain of turns, so that a turn is only what has to be in order.
+// x 128 takes 512 cycles of tensor cores and 2 x 360 instructions a scheduler, and was measured to
+// take 1240. Few tokens: the instructions of a turn, 240 for two groups of 16 tokens, of four warps
+// a scheduler; a stage was measured to take 331 cycles in one group, 391 in two.
 #pragma once
 
 #include <cuda.h>
@@ -87,12 +88,19 @@ struct StripsConfig : Layout<kTokens, 2, 2, kHalves, kTokens == 128 ? 7 : 8> {
   static_assert(kSharedBytes <= prefill::kBlockSharedBytes);
 };
 
-/// Few tokens.
+/// Few tokens. Groups of at most kRelayColumns.
+constexpr int kRelayColumns = 256;
 template <int kTokens, int kHalves>
 struct RelayConfig : Layout<kTokens, 1, 4, kHalves, kTokens == 64 ? 8 : 16> {
   using Base = Layout<kTokens, 1, 4, kHalves, kTokens == 64 ? 8 : 16>;
-  static constexpr int kEmptyArrivals = 2 / kHalves * kGroupThreads / kWarp;
-  static constexpr int kTotalsAt = Base::kRestAt;
+  static constexpr int kGroups = kTokens == 64 ? 1 : 2;  // of a turn
+  // The parity of a stage's barrier tells neighbouring laps of the ring apart. So a turn must not
+  // begin more than a lap after the last stage that is known to be there, of the turn before.
+  static_assert((Base::kWarpgroups - 1) * kGroups * kRelayColumns / kColumns < Base::kStages);
+  static constexpr bool kSharesStages = kHalves * kGroups == 1;  // a stage is of two turns
+  static constexpr int kEmptyArrivals = (kSharesStages ? 2 : 1) * kGroupThreads / kWarp;
+  static constexpr int kTurnsAt = Base::kRestAt;  // a barrier a warp
+  static constexpr int kTotalsAt = kTurnsAt + Base::kWarpgroups * kGroupThreads / kWarp * 8;
   static constexpr int kSharedBytes = kSwizzleBytes + kTotalsAt + Base::kSums * kGroupThreads * 4;
   static_assert(kSharedBytes <= prefill::kBlockSharedBytes);
 };
@@ -182,8 +190,8 @@ struct Worker {
   uint32_t thread;  // in the warpgroup
   uint32_t empty;   // the ring's barriers that this lane, below `pair`, arrives at
 
-  __device__ __forceinline__ int warp() const { return static_cast<int>(thread) / kWarp; }
-  __device__ __forceinline__ int lane() const { return static_cast<int>(thread) % kWarp; }
+  __device__ __forceinline__ int warp() const { return static_cast<int>(thread / kWarp); }
+  __device__ __forceinline__ int lane() const { return static_cast<int>(thread % kWarp); }
   __device__ __forceinline__ void sync() const {
     barrier_sync(prefill::kGroupBarrier + group, kGroupThreads);
   }
@@ -267,10 +275,10 @@ struct Worker {
   __device__ __forceinline__ static float unwiden(float s_w) {
     return s_w * (1.0f / (1 << kWidenShift));
   }
-  /// (acc * s_x) * s_w of block b. Step by step: a chain would wait.
-  __device__ __forceinline__ void scale_block(float (&v)[kBlock], const int* sums, int b,
-                                              const float (&s_w)[2]) const {
-    const uint4 four = four_of(0, b);
+  /// (acc * s_x) * s_w of a block whose scales of tokens are `four`. Step by step: a chain would
+  /// wait.
+  __device__ __forceinline__ static void scale_block(float (&v)[kBlock], const int* sums,
+                                                     const uint4& four, const float (&s_w)[2]) {
     const uint32_t s_x[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
@@ -414,6 +422,7 @@ struct Strips : Worker<C> {
 
   Ring<C::kStages> at{}, next{};  // the stage that is multiplied, and the next one
   int used = 0;                   // the stage that is released next
+  uint4 s_x[C::kPieces];          // of the blocks of sums, if there are registers for them
 
   __device__ __forceinline__ void run() {
     uint32_t parity = 0;
@@ -457,6 +466,15 @@ struct Strips : Worker<C> {
 
   // -- Groups
 
+  static constexpr bool kKeepsScales = C::kTokens == 64 || C::kHalves == 1;
+  __device__ __forceinline__ void load_scales() {
+    this->await_factors();
+#pragma unroll
+    for (int b = 0; b < C::kPieces; ++b) s_x[b] = this->four_of(0, b);
+  }
+  __device__ __forceinline__ uint4 scales_of(int b) const {
+    return kKeepsScales ? s_x[b] : this->four_of(0, b);
+  }
   struct Scales {
     const float* rows[2];
     float next[2];  // of the next group
@@ -479,7 +497,7 @@ struct Strips : Worker<C> {
 #pragma unroll
     for (int b = 0; b < kPartBlocks; ++b) {
       float v[kBlock];
-      this->scale_block(v, sums + b * kBlock, kFirst + b, scales.s_w);
+      this->scale_block(v, sums + b * kBlock, scales_of(kFirst + b), scales.s_w);
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
         float& t = total[(kFirst + b) * kBlock + i];
@@ -514,7 +532,7 @@ struct Strips : Worker<C> {
       load_weights(a, half);
       start<0>(low, a, half, done > 0);
       start<1>(high, a, half, done > 0);
-      if (s == 0) this->await_factors();
+      if (s == 0) load_scales();
       wgmma_wait<0>();
       if (C::kHalves == 1) half ^= 1;
       if (half == 0 || s + 1 == steps) release();
@@ -536,7 +554,7 @@ struct Strips : Worker<C> {
     Weights even, odd;
     load_weights(even, 0);
     start<0>(low, even, 0, false);
-    this->await_factors();
+    load_scales();
     const auto finish_low = [&](const Weights& a, int half) {
       start<1>(high, a, half, false);
       next_group(scales, g);
@@ -583,132 +601,207 @@ struct Relay : Worker<C> {
   using Base = Worker<C>;
   using Base::group, Base::p, Base::shared, Base::thread;
   static constexpr int kSums = C::kSums;
-  /// Barriers: warpgroup w may read the sum.
-  static constexpr int kTurnBarrier = prefill::kGroupBarrier + C::kWarpgroups;
+  static constexpr int kGroups = C::kGroups;
+  using Terms = float[kGroups][kSums];
 
-  /// The sum so far: for each four sums of a thread 16 bytes a thread.
-  __device__ __forceinline__ uint4* totals(int b) const {
-    return reinterpret_cast<uint4*>(shared_pointer(shared + C::kTotalsAt)) +
-           b * (kBlock / 4) * kGroupThreads + thread;
+  // What is worked out from the thread's number, once: a turn is short.
+  uint32_t first_weights = 0;           // of the ring
+  uint32_t totals = 0;                  // its part of the sum so far
+  uint32_t my_turn = 0, next_turn = 0;  // barriers: the sum may be read
+  uint32_t turn_parity = 0;
+
+  /// A thread reads what the same one of the warpgroup before wrote: warps take turns.
+  __device__ __forceinline__ uint32_t turn(int of) const {
+    const int number = of % C::kWarpgroups * (kGroupThreads / kWarp) + this->warp();
+    return shared + C::kTurnsAt + number * 8;
   }
-  __device__ __forceinline__ void await_turn(int none = 0) const {
-    barrier_sync(kTurnBarrier + group + none, 2 * kGroupThreads);
-  }
-  /// Once `term` has been computed. The compiler would put that off until the turn has come, and so
-  /// delay all later ones, if waiting did not depend on it.
-  __device__ __forceinline__ void await_turn(const float (&term)[kSums]) const {
+  /// Once `terms` have been computed. The compiler would put that off until the turn has come, and
+  /// so delay all later ones, if waiting did not depend on it.
+  __device__ __forceinline__ void await_turn(const Terms& terms) {
     uint32_t bits = 0;
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) bits |= __float_as_uint(term[i]);
-    await_turn(static_cast<int>(bits & (p.pair >> 1)));  // no bit: there are no pairs here
-  }
-  __device__ __forceinline__ void end_turn() const {
-    barrier_arrive(kTurnBarrier + (group + 1) % C::kWarpgroups, 2 * kGroupThreads);
+    for (int h = 0; h < kGroups; ++h) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) bits |= __float_as_uint(terms[h][i]);
+    }
+    wait(my_turn, turn_parity | (bits & (p.pair >> 1)));  // no bit: there are no pairs here
+    turn_parity ^= 1;
   }
 
   __device__ __forceinline__ void run() {
-    const LinearInt4Args& args = p.args;
-    const int groups = static_cast<int>(args.groups);
+    const int groups = static_cast<int>(p.args.groups);
+    const int turns = (groups + kGroups - 1) / kGroups;
     int stages_before = 0, turns_before = 0;  // of this block's other tiles
     uint32_t parity = 0;                      // of this warpgroup's residuals
+    first_weights = shared + C::kWeightsAt + this->warp() * kStripBytes + this->lane() * 16;
+    totals = shared + C::kTotalsAt + thread * 16;
+    my_turn = turn(group);
+    next_turn = turn(group + 1);
+    pin(first_weights);
+    pin(totals);
+    pin(my_turn);
+    pin(next_turn);
     for_tiles<C>(p, [&](const Tile& tile) {
       this->sync();  // the last tile's factors have been read
       this->fetch_factors(tile);
       this->await_factors();
       const float* rows[2];
       this->find_rows(rows, tile);
-      int g = (group - turns_before) & (C::kWarpgroups - 1);
-      float next[2] = {};  // scales
-      if (g < groups) {
-        next[0] = rows[0][g];
-        next[1] = rows[1][g];
-      }
-#pragma unroll 1
-      for (; g < groups; g += C::kWarpgroups) {
-        const bool last = g == groups - 1;
-        if (last) this->fetch_residual(tile);
-        int sums[kSums];
-        multiply_group(sums, g, stages_before);
-        if (args.x_zero != nullptr) this->subtract_zeros(sums, 0, g, rows);
-        const float s_w[2] = {Base::unwiden(next[0]), Base::unwiden(next[1])};
-        const int after = min(g + C::kWarpgroups, groups - 1);
-        next[0] = rows[0][after];
-        next[1] = rows[1][after];
-        float term[kSums];
+      pin(rows[0]);
+      pin(rows[1]);
+      float next[kGroups][2] = {};  // scales
+      const auto fetch_scales = [&](int g) {
 #pragma unroll
-        for (int b = 0; b < kSums / kBlock; ++b) {
-          float v[kBlock];
-          this->scale_block(v, sums + b * kBlock, b, s_w);
-#pragma unroll
-          for (int i = 0; i < kBlock; ++i) term[b * kBlock + i] = v[i];
+        for (int h = 0; h < kGroups; ++h) {
+          next[h][0] = __ldg(rows[0] + min(g + h, groups - 1));
+          next[h][1] = __ldg(rows[1] + min(g + h, groups - 1));
         }
-        if (turns_before + g > 0) await_turn(term);
-        add(term, g == 0);
-        if (!last) hand_on(term);
-        end_turn();
+      };
+      int t = (group - turns_before) & (C::kWarpgroups - 1);
+      if (t < turns) fetch_scales(t * kGroups);
+#pragma unroll 1
+      for (; t < turns; t += C::kWarpgroups) {
+        const int g = t * kGroups;
+        const bool last = t == turns - 1, two = kGroups == 2 && g + 1 < groups;
+        if (last) this->fetch_residual(tile);
+        int sums[kGroups][kSums];
+        multiply_groups(sums, stages_before, g, two);
+        Terms terms;
+#pragma unroll
+        for (int h = 0; h < kGroups; ++h) {
+          if (p.args.x_zero != nullptr) {
+            this->subtract_zeros(sums[h], 0, min(g + h, groups - 1), rows);
+          }
+          const float s_w[2] = {Base::unwiden(next[h][0]), Base::unwiden(next[h][1])};
+#pragma unroll
+          for (int b = 0; b < kSums / kBlock; ++b) {
+            float v[kBlock];
+            this->scale_block(v, sums[h] + b * kBlock, this->four_of(0, b), s_w);
+#pragma unroll
+            for (int i = 0; i < kBlock; ++i) terms[h][b * kBlock + i] = v[i];
+          }
+        }
+        if (turns_before + t > 0) await_turn(terms);
+        float total[kSums];
+        add(total, terms, t == 0, two);
+        if (!last) hand_on(total);
+        mbarrier_arrive(next_turn);  // by each thread: one for a warp is a race to racecheck
+        fetch_scales(g + C::kWarpgroups * kGroups);  // not before: the loop would wait for them
         if (!last) continue;
-        this->store(term, tile, parity);
+        this->store(total, tile, parity);
         parity ^= 1;
       }
       stages_before += p.stages;
-      turns_before += groups;
+      turns_before += turns;
     });
-    // The last turn was handed on, too.
-    if (turns_before > 0 && (turns_before & (C::kWarpgroups - 1)) == group) await_turn();
     if (thread == 0) tma_store_wait_read<0>();
     __syncwarp();
   }
 
-  /// sums = 16 * acc of group g.
-  __device__ __forceinline__ void multiply_group(int (&sums)[kSums], int g,
-                                                 int stages_before) const {
-    const int begin = g * p.group_steps, end = begin + p.group_steps;
-#pragma unroll 1
-    for (int i = begin; i < end; ++i) {
-      const int count = stages_before + (C::kHalves == 2 ? i : i >> 1);
-      const int half = C::kHalves == 2 ? 0 : i & 1;
-      const int stage = count & (C::kStages - 1);
-      this->await_stage(stage, count / C::kStages & 1);
-      uint32_t a[C::kHalves][2][4];
+  // -- 16 * acc
+
+  struct Step {
+    int stage, half;
+    uint32_t parity;
+  };
+  __device__ __forceinline__ static Step step(int stages_before, int i) {
+    const auto count = static_cast<uint32_t>(stages_before + (C::kHalves == 2 ? i : i >> 1));
+    return {static_cast<int>(count % C::kStages), C::kHalves == 2 ? 0 : i & 1,
+            count / C::kStages & 1};
+  }
+  __device__ __forceinline__ void load(uint32_t (&a)[C::kHalves][2][4], const Step& s) const {
+    this->await_stage(s.stage, s.parity);
 #pragma unroll
-      for (int h = 0; h < C::kHalves; ++h) widen(a[h], this->weights(stage, half + h, 0));
-      wgmma_fence();
+    for (int h = 0; h < C::kHalves; ++h) {
+      widen(a[h], load_shared(first_weights + s.stage * C::kWeightBytes +
+                              (s.half + h) * kHalfStripBytes));
+    }
+  }
+  __device__ __forceinline__ void start(int (&sums)[kSums], const uint32_t (&a)[C::kHalves][2][4],
+                                        const Step& s, bool add) const {
+    const uint32_t tokens = static_cast<uint32_t>(this->tokens(s.stage, s.half));
 #pragma unroll
-      for (int h = 0; h < C::kHalves; ++h) {
-        multiply(sums, a[h], this->tokens(stage, half + h), h > 0 || i > begin);
+    for (int i = 0; i < C::kHalves * 2; ++i) {
+      wgmma_s8(sums, a[i / 2][i % 2], with_low(tokens + i * kStepUnits), i > 0 || add);
+    }
+  }
+  /// The descriptor of tokens whose low word this is.
+  __device__ __forceinline__ static uint64_t with_low(uint32_t low) {
+    return descriptor(0) >> 32 << 32 | low;
+  }
+
+  __device__ __forceinline__ void multiply_groups(int (&sums)[kGroups][kSums], int stages_before,
+                                                  int g, bool two) const {
+    const int begin = g * p.group_steps;
+    if constexpr (kGroups == 2) {
+      if (p.group_steps == 1) {
+        const Step first = step(stages_before, begin);
+        const Step second = step(stages_before, begin + (two ? 1 : 0));
+        uint32_t a[2][C::kHalves][2][4];
+        load(a[0], first);
+        load(a[1], second);
+        wgmma_fence();
+        start(sums[0], a[0], first, false);
+        start(sums[1], a[1], second, false);
+        wgmma_commit();
+        wgmma_wait<0>();
+        this->release_stage(first.stage);
+        if (C::kHalves == 2 && two) this->release_stage(second.stage);
+        return;
       }
+    }
+    const int end = begin + (two ? 2 : 1) * p.group_steps;
+#pragma unroll
+    for (int h = 0; h < kGroups; ++h) {
+      const int group_begin = begin + h * p.group_steps;
+      multiply_group(sums[h], stages_before, group_begin, min(group_begin + p.group_steps, end),
+                     end);
+    }
+  }
+  /// sums = those of the steps from `begin` on before `group_end`; the turn's end before `end`.
+  __device__ __forceinline__ void multiply_group(int (&sums)[kSums], int stages_before, int begin,
+                                                 int group_end, int end) const {
+#pragma unroll 1
+    for (int i = begin; i < group_end; ++i) {
+      const Step s = step(stages_before, i);
+      uint32_t a[C::kHalves][2][4];
+      load(a, s);
+      wgmma_fence();
+      start(sums, a, s, i > begin);
       wgmma_commit();
       wgmma_wait<0>();
-      this->release_stage(stage);
+      const bool whole = C::kHalves == 2 || s.half == 1;
+      if (C::kSharesStages || whole || i + 1 == end) this->release_stage(s.stage);
       // Each half is released; the last one may be alone.
-      if (C::kHalves == 1 && half == 0 && i + 1 == p.group_steps * p.args.groups) {
-        this->release_stage(stage);
+      if (C::kSharesStages && !whole && i + 1 == p.group_steps * p.args.groups) {
+        this->release_stage(s.stage);
       }
     }
   }
 
-  /// term += the sum of all groups before.
-  __device__ __forceinline__ void add(float (&term)[kSums], bool first) const {
+  // -- The sum of all groups before
+
+  __device__ __forceinline__ void add(float (&total)[kSums], const Terms& terms, bool first,
+                                      bool two) const {
 #pragma unroll
-    for (int b = 0; b < kSums / kBlock; ++b) {
-      uint4 low{}, high{};
-      if (!first) {
-        low = totals(b)[0];
-        high = totals(b)[kGroupThreads];
-      }
-      const uint32_t words[kBlock] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    for (int b = 0; b < kSums / 4; ++b) {
+      uint4 four{};
+      if (!first) four = load_shared(totals + b * kGroupThreads * 16);
+      const uint32_t words[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        term[b * kBlock + i] = __fadd_rn(__uint_as_float(words[i]), term[b * kBlock + i]);
+      for (int i = 0; i < 4; ++i) {
+        float& t = total[b * 4 + i];
+        t = __fadd_rn(__uint_as_float(words[i]), terms[0][b * 4 + i]);
+        if (two) t = __fadd_rn(t, terms[kGroups - 1][b * 4 + i]);
       }
     }
   }
   __device__ __forceinline__ void hand_on(const float (&total)[kSums]) const {
 #pragma unroll
-    for (int v = 0; v < kSums / 4; ++v) {
-      totals(0)[v * kGroupThreads] = {
-          __float_as_uint(total[4 * v]), __float_as_uint(total[4 * v + 1]),
-          __float_as_uint(total[4 * v + 2]), __float_as_uint(total[4 * v + 3])};
+    for (int b = 0; b < kSums / 4; ++b) {
+      store_shared(totals + b * kGroupThreads * 16,
+                   {__float_as_uint(total[4 * b]), __float_as_uint(total[4 * b + 1]),
+                    __float_as_uint(total[4 * b + 2]), __float_as_uint(total[4 * b + 3])});
     }
   }
 };
