@@ -1,5 +1,6 @@
 """Draw results/<device>/*.json: hadamard.json, GB/s against n; linear_int4.json, speed against
-tokens; model-*.json, the time of a token against the context, the speed-up of prefill, memory.
+tokens; model-*.json, the time of a token against the context, the speed-up of prefill, memory;
+cpu.json, each case's speed beside the fastest of torch's.
 
 Reads the committed results and nothing else, so that the README's figures can be redrawn anywhere.
 Needs matplotlib (pip install 'quarot[bench]').
@@ -212,7 +213,31 @@ def draw_linear(plt: Any, report: dict[str, Any]) -> Any:
     return figure
 
 
+# What a case is timed beside without doing its work: bounds.
+BOUNDS = {"copy_", "read"}
+
+
+def draw_cpu(plt: Any, report: dict[str, Any]) -> Any:
+    """Draw how many times as fast as the fastest peer each case is."""
+    bars = {}
+    for case in report["cases"]:
+        peers = {name: by for name, by in case["baselines"].items() if name not in BOUNDS}
+        if peers:
+            name, by = min(peers.items(), key=lambda peer: peer[1])
+            bars[f"{case['name']} {case['shape']}, {name}"] = by
+    figure, axes = plt.subplots(figsize=(9, 0.3 * len(bars) + 1.2), layout="constrained")
+    drawn = axes.barh([*bars], [*bars.values()], color="C0")
+    axes.bar_label(drawn, fmt=" %.2f×")
+    axes.axvline(1, color="0.6", linewidth=1)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_xlabel("times as fast as the fastest peer (named last)")
+    axes.set_title(f"{report['device']}, {report['threads']} threads, {report['date']}")
+    return figure
+
+
 DRAWN = {
+    "cpu.json": draw_cpu,
     "hadamard.json": draw_hadamard,
     "linear_int4.json": draw_linear,
     "model-*.json": draw_model,
