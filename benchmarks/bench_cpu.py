@@ -5,9 +5,9 @@ Each case runs beside its peers. "warm" weights stay in the cache, "cold" ones r
 of four times the last-level cache; "read" sums the same bytes. The model has SmolLM2-135M's shape
 and random weights; llama.cpp needs a file: QUAROT_BENCH_GGUF.
 
-    OMP_NUM_THREADS=2 taskset -c 2,3 python -m pytest -s benchmarks/bench_cpu.py
+    OMP_NUM_THREADS=2 taskset -c A,B python -m pytest -s benchmarks/bench_cpu.py
 
-The two processors must not share a core: hyperthreads of one take turns.
+A and B must not share a core (`lscpu -e`; a guest may not be told): hyperthreads of one take turns.
 """
 
 from __future__ import annotations
@@ -120,11 +120,14 @@ def test_rows(report: Report, name: str, n: int) -> None:
     x = torch.randn(512, n)
     target = torch.empty_like(x)
     op = getattr(ops, name)
-    head = x[:16]
+    head, result = x[:16], op(x)
     if name == "hadamard":
         exact = hadamard.transform(head.double())
-        check_error(op(head), exact, hadamard.transform(head), what=f"hadamard {n}")
-    elif not all(map(torch.equal, op(head)[:2], reference.quantize(head)[:2])):
+        check_error(result[:16], exact, hadamard.transform(head), what=f"hadamard {n}")
+    elif not all(
+        torch.equal(a[:16], b)
+        for a, b in zip(result[:2], reference.quantize(head)[:2], strict=True)
+    ):
         raise AssertionError(f"quantize {n}: differs from the reference")
     case = measure(
         name,

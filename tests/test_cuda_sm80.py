@@ -1,4 +1,4 @@
-"""CUDA kernels of sm_80 to sm_89, on whatever GPU there is: tests/cuda, built as sm_80's code."""
+"""linear_int4's kernels of sm_80 to sm_89, on any GPU: tests/cuda, built as sm_80's code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_kernels_of_sm_80(tmp_path):
         pytest.skip(f"{NO_CUDA}: no device")
     nvcc = tool("nvcc")
     if nvcc is None:
-        pytest.skip("needs nvcc")
+        pytest.skip(f"{NO_CUDA}: no nvcc")
     major, minor = torch.cuda.get_device_capability()
     sources = [ROOT / "csrc" / "kernels" / "cuda" / f"{name}.cu" for name in KERNELS]
     tests = [ROOT / "tests" / "cuda" / "test_linear_int4.cpp", ROOT / "tests" / "cpp" / "main.cpp"]

@@ -1,5 +1,6 @@
 // linear_int4 on CUDA: which kernel runs, and the weight layout. Maths and layout:
-// kernels/linear_int4.h; the kernels: device/linear_int4_mma.cuh and sm90/linear_int4_prefill.cu.
+// kernels/linear_int4.h; the kernels: device/linear_int4_mma.cuh,
+// sm90/linear_int4_prefill.cu and, for scales of groups, sm90/linear_int4_grouped.cu.
 #include <cuda_runtime.h>
 
 #include <cstdint>

@@ -63,8 +63,8 @@ __device__ __forceinline__ void to_planes(uint4 (&fragment)[kPlanes], Square x, 
 }
 
 /// Adds a step's sums of the small operands to those of the large ones. Tensor cores cut what they
-/// add to: the sums of large operands alone are exact, and this rounds to nearest, where all in one
-/// sum would make the result smaller by half a unit a step.
+/// add to: sums of large operands of about one size are exact alone, and this rounds to nearest,
+/// where all in one sum would make the result smaller by half a unit a step.
 __device__ __forceinline__ void add(Square& x, const Square& small) {
 #pragma unroll
   for (int i = 0; i < 2; ++i)

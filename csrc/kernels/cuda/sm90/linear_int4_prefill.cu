@@ -183,8 +183,7 @@ void run(const LinearInt4Args& args, const Plan& plan, Stream stream) {
 
 /// Nanoseconds, measured on an H200 by benchmarks/plan_linear_int4.cu: of a stage of columns of a
 /// tile of 1, 2, 3 or all 4 warpgroups' channels, of the rest of a tile, and of the exchange of
-/// sums between two blocks, where each sends half of them. (The exchange is faster by now: 2252,
-/// 1410, 840 and 657; the plans that would follow have not been timed.)
+/// sums between two blocks, where each sends half of them.
 struct Cost {
   int tokens;
   int64_t stage[kConsumers];
