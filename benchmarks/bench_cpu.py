@@ -188,6 +188,8 @@ def test_model(report: Report) -> None:
     ours = rates(model)
     ids = prompt(model)
     replayed = greedy(model, ids, NEW)
+    if sum(tape.usable for tape in replay._tapes.values()) != config.num_hidden_layers:
+        raise AssertionError("not every layer's steps were replayed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replay, "enabled", False)
         if not torch.equal(replayed, greedy(model, ids, NEW)):

@@ -55,7 +55,10 @@ def profile() -> list[dict[str, object]]:
     command = ["ncu", "--clock-control", "none", "--csv", "--print-units", "base"]
     command += ["--kernel-name", KERNELS, "--metrics", ",".join(COUNTERS.values())]
     command += [sys.executable, __file__, "--run"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ncu = subprocess.run(command, capture_output=True, text=True)
+    printed = ncu.stdout
+    if ncu.returncode:
+        raise RuntimeError(f"ncu failed ({ncu.returncode}): {(printed + ncu.stderr)[-2000:]}")
     lines = [line for line in printed.splitlines() if line.startswith('"')]
     kernels: dict[str, dict[str, str]] = {}
     for row in csv.DictReader(lines):

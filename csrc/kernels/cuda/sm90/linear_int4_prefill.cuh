@@ -411,7 +411,9 @@ struct Consumer {
   }
 
   /// Outputs of 16 bits, to the boxes. No warpgroup multiplies meanwhile, so that the usual case,
-  /// kPlain, has its own code: of 16 * acc, whose products are 16 times those of acc.
+  /// kPlain (no zero points, no bias), has its own code: it scales 16 * acc as it is and leaves the
+  /// factor to the channels' scales: the same bits, but for scales below 2^-122 and outputs above
+  /// 2^124.
   template <bool kPlain>
   __device__ __forceinline__ void finish_boxes(const int (&sums)[kSums], uint32_t owned,
                                                const Tile& tile) {
