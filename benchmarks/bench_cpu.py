@@ -12,6 +12,7 @@ A and B must not share a core (`lscpu -e`; a guest may not be told): hyperthread
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import itertools
 import os
@@ -179,14 +180,12 @@ def test_model(report: Report) -> None:
         rms_norm_eps=1e-5, rope_theta=100000.0, max_position_embeddings=8192, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).bfloat16().eval()
-    model.generation_config.eos_token_id = None  # all tokens asked for come
-    peers = {"bf16": rates(model)}
+    theirs = LlamaForCausalLM(config).bfloat16().eval()
+    theirs.generation_config.eos_token_id = None  # all tokens asked for come
     start = time.perf_counter()
-    model = quarot.convert(model, "W4A8KV4", progress=False)
+    model = quarot.convert(copy.deepcopy(theirs), "W4A8KV4", progress=False)
     seconds = time.perf_counter() - start
-    ours = rates(model)
-    ids = prompt(model)
+    ids = torch.randint(3, config.vocab_size, (1, PROMPT))
     replayed = greedy(model, ids, NEW)
     if sum(tape.usable for tape in replay._tapes.values()) != config.num_hidden_layers:
         raise AssertionError("not every layer's steps were replayed")
@@ -194,9 +193,15 @@ def test_model(report: Report) -> None:
         patch.setattr(replay, "enabled", False)
         if not torch.equal(replayed, greedy(model, ids, NEW)):
             raise AssertionError("replayed steps give other tokens")
+    generators: dict[str, Callable[[int], object]] = {
+        "ours": lambda new: greedy(model, ids, new),
+        "bf16": lambda new: greedy(theirs, ids, new),
+    }
     path = os.environ.get("QUAROT_BENCH_GGUF")
     if path and importlib.util.find_spec("llama_cpp"):
-        peers["llama.cpp"] = llama_cpp_rates(path)
+        generators["llama.cpp"] = llama_cpp(path)
+    peers = rates(generators)
+    ours = peers.pop("ours")
     for i, (name, tokens) in enumerate({"prompt": PROMPT, "decode": NEW}.items()):
         baselines = {peer: ours[i] / rate[i] for peer, rate in peers.items()}
         shape = f"{name} {tokens}, {ours[i]:.0f} tokens/s"
@@ -205,47 +210,41 @@ def test_model(report: Report) -> None:
     report("cpu", Case("convert", layers, seconds * 1e6, None, None, {}))
 
 
-def least_seconds(run: Callable[[], object]) -> float:
-    """Return the least time of some runs: they take seconds, and a median would take minutes."""
-    times = []
-    for _ in range(RUNS):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def prompt(model: Any) -> Tensor:
-    return torch.randint(3, model.config.vocab_size, (1, PROMPT))
-
-
 @torch.inference_mode()
 def greedy(model: Any, ids: Tensor, new: int) -> Tensor:
     options = {"do_sample": False, "max_new_tokens": new}
     return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
 
-def rates(model: Any) -> tuple[float, float]:
-    """Return prompt and new tokens a second."""
-    ids = prompt(model)
-    first, all_ = (least_seconds(lambda new=new: greedy(model, ids, new)) for new in (1, NEW))
-    return PROMPT / first, (NEW - 1) / (all_ - first)
+def rates(generators: dict[str, Callable[[int], object]]) -> dict[str, tuple[float, float]]:
+    """Return each one's prompt and new tokens a second: of the least times of runs by turns.
+
+    A run takes seconds; a median would take minutes, and a neighbour on the core may stay as long.
+    """
+    least: dict[tuple[str, int], float] = {}
+    for _ in range(RUNS):
+        for name, generate in generators.items():
+            for new in (1, NEW):
+                start = time.perf_counter()
+                generate(new)
+                seconds = time.perf_counter() - start
+                least[name, new] = min(seconds, least.get((name, new), seconds))
+    return {
+        name: (PROMPT / least[name, 1], (NEW - 1) / (least[name, NEW] - least[name, 1]))
+        for name in generators
+    }
 
 
-def llama_cpp_rates(path: str) -> tuple[float, float]:
-    """The same of a GGUF file in llama.cpp, with as many threads."""
-    import llama_cpp
+def llama_cpp(path: str) -> Callable[[int], None]:
+    """Return what makes so many new tokens of a GGUF file in llama.cpp, with as many threads."""
+    from llama_cpp import Llama
 
-    llama = llama_cpp.Llama(path, n_ctx=1024, n_threads=torch.get_num_threads(), verbose=False)
+    llama = Llama(path, n_ctx=1024, n_threads=torch.get_num_threads(), verbose=False)
     ids = list(range(1000, 1000 + PROMPT))
 
-    def generate(new: int) -> float:
-        def run() -> None:
-            llama.reset()
-            for _ in itertools.islice(llama.generate(ids, temp=0.0), new):
-                pass
+    def generate(new: int) -> None:
+        llama.reset()
+        for _ in itertools.islice(llama.generate(ids, temp=0.0), new):
+            pass
 
-        return least_seconds(run)
-
-    first = generate(1)
-    return PROMPT / first, (NEW - 1) / (generate(NEW) - first)
+    return generate
