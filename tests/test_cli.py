@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -357,6 +358,19 @@ def test_error_is_one_line(
     assert "Traceback" not in err
 
 
+def test_each_library_prints_its_own_log(run: Run, folder: str, text: str) -> None:
+    def report(*args: Any, **kwargs: Any) -> Any:
+        logging.getLogger("other").warning("of another library")
+        raise RuntimeError("enough")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "load_model", report)
+        code, _, err = run("eval", folder, "--text", text)
+    assert code == 1
+    assert f"quarot: loading {folder}" in err
+    assert "quarot: of another library" not in err
+
+
 def test_without_arguments_there_is_help(run: Run) -> None:
     code, out, _ = run()
     assert code == 0
@@ -366,8 +380,8 @@ def test_without_arguments_there_is_help(run: Run) -> None:
 
 def test_folder_without_a_model_is_named(run: Run, tmp_path: Path) -> None:
     code, out, err = run("eval", str(tmp_path))
-    assert (code, out) == (1, "")
-    assert err.splitlines()[-1].startswith(f"quarot: error: cannot load {tmp_path}: ")
+    assert (code, out) == (2, "")
+    assert f"there is no config.json in the folder {tmp_path}" in err.splitlines()[-1]
 
 
 def test_checkpoint_cannot_be_converted_again(run: Run, folder: str, tmp_path: Path) -> None:

@@ -54,6 +54,8 @@ def test_preset_is_the_inverse_of_from_preset(
 def test_preset_overrides_single_fields() -> None:
     config = QuarotConfig.from_preset("W4A4KV4", a_clip=0.8, seed=3, r3=False)
     assert config == QuarotConfig(a_clip=0.8, seed=3, r3=False)
+    with pytest.raises(ValueError, match="override: got 'aclip', needs one of .*a_clip"):
+        QuarotConfig.from_preset("W4A4KV4", aclip=0.8)
 
 
 @pytest.mark.parametrize(

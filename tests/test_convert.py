@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_execution_device_hook
 from torch import nn
-from transformers import GgufConfig, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, GgufConfig, LlamaForSequenceClassification
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 import quarot
@@ -278,6 +278,19 @@ def test_the_cache_stores_the_heads_that_the_kernels_take():
     """The bounds stand in C++ too: at them a forward must run."""
     for head_dim in (8, 24, 256):
         assert logits(convert(tiny_model(head_dim=head_dim), "W16A8KV4")).isfinite().all()
+
+
+def test_the_callers_config_stays_as_it_was():
+    """It may serve other models; what a converted model's config builds says how to run it."""
+    model = tiny_model(tie_word_embeddings=True)
+    shared, before = model.config, model.config.to_dict()
+    convert(model)
+    assert shared.to_dict() == before
+    again = type(tiny_model())(shared).eval()
+    assert logits(again).isfinite().all()
+    assert all(getattr(m, "config", None) is not shared for m in model.modules())
+    other = AutoModelForCausalLM.from_config(model.config, attn_implementation="sdpa").eval()
+    assert logits(other).isfinite().all()
 
 
 def test_refuses_what_is_quantized_already():

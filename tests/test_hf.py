@@ -360,6 +360,14 @@ def test_conversion_on_the_fly_with_the_dtype_given(tmp_path):
     assert model.dtype == torch.bfloat16 and logits(model).isfinite().all()
 
 
+def test_only_the_saved_config_is_marked(tmp_path):
+    model = converted()
+    model.save_pretrained(tmp_path)
+    assert model.config.hidden_act == "silu"
+    assert json.loads((tmp_path / "config.json").read_text())["hidden_act"] == "silu" + hf.MARKER
+    assert quarot.load(tmp_path).config.hidden_act == "silu"
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 

@@ -102,8 +102,10 @@ Tensor linear_int4(const Tensor& x_q, const Tensor& x_scale, OptionalTensor x_ze
   const Tensor xs = require_dense(x_scale, ScalarType::Float, lead, x_q, kOp, "x_scale", "x_q");
   const Sizes w_sizes = Device::prepacked_sizes(n, k);
   QUAROT_REQUIRE(has_shape(w, w_sizes), kOp, "w must be prepack_int4 of codes [", n, ", ",
-                 k / kInt4PerByte, "] on this device, which has shape ", text(w_sizes), "; got ",
-                 describe(w));
+                 k / kInt4PerByte,
+                 "] (the rows of w_scale, half of x_q's columns) on this device, "
+                 "which has shape ",
+                 text(w_sizes), "; got ", describe(w));
   const Tensor weight =
       aligned<Device>(require_dense(w, ScalarType::Byte, w_sizes, x_q, kOp, "w", "x_q"));
   const Tensor ws =

