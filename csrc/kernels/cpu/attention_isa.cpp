@@ -255,7 +255,13 @@ QUAROT_INLINE void hide_and_find_maximum(const Tile& t, int64_t r, int64_t count
                                          int64_t seen, const bool* mask) {
   float* scores = t.scores + r * kKeys;
   F32 maxima = f32(t.maximum[r]);
-  for (int64_t c = 0; c < kKeys; c += kLanes) {
+  const bool all = from == 0 && seen == kKeys && mask == nullptr;
+  for (int64_t c = 0; all && c < kKeys; c += kLanes) {
+    const F32 score = load(scores + c) + load(t.poison + c);
+    store(scores + c, score);
+    maxima = max(score, maxima);
+  }
+  for (int64_t c = 0; !all && c < kKeys; c += kLanes) {
     const I32 visible_below = greater(i32(static_cast<int32_t>(seen - c)), lane_numbers());
     I32 visible = visible_below & greater(lane_numbers(), i32(static_cast<int32_t>(from - c - 1)));
     if (mask != nullptr) visible = visible & load_mask(mask, c, count);
