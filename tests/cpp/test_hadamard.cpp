@@ -12,12 +12,15 @@ namespace {
 
 struct Size {
   int64_t order, power, blocks;
+  bool circulant = false;  // the factor is 4 x 4 circulants
 };
-// Below, at and above the sixteen lanes; odd orders; tails; a row of many blocks.
-constexpr Size kSizes[] = {{1, 1, 5},    {1, 2, 9},   {1, 4, 3},   {1, 8, 1},
-                           {1, 16, 2},   {1, 32, 1},  {1, 64, 3},  {1, 128, 1},
-                           {1, 2048, 1}, {3, 1, 7},   {12, 1, 1},  {12, 2, 3},
-                           {7, 8, 2},    {36, 16, 1}, {28, 64, 1}, {172, 4, 1}};
+// Below, at and above the sixteen lanes; odd orders; tails; a row of many blocks; the smallest
+// circulants that a kernel looks for, and those below.
+constexpr Size kSizes[] = {
+    {1, 1, 5},   {1, 2, 9},         {1, 4, 3},        {1, 8, 1},         {1, 16, 2},
+    {1, 32, 1},  {1, 64, 3},        {1, 128, 1},      {1, 2048, 1},      {3, 1, 7},
+    {12, 1, 1},  {12, 2, 3},        {7, 8, 2},        {36, 16, 1},       {28, 64, 1},
+    {172, 4, 1}, {60, 16, 1, true}, {64, 8, 1, true}, {156, 1, 3, true}, {172, 32, 2, true}};
 constexpr int64_t kRows = 3;
 constexpr int64_t kGap = 5;  // elements between the rows
 
@@ -27,6 +30,18 @@ int sylvester(int64_t i, int64_t j) { return __builtin_popcountll(i & j) % 2 == 
 std::vector<int8_t> random_signs(Random& random, int64_t count) {
   auto signs = random.integers<int8_t>(count, 0, 1);
   for (int8_t& sign : signs) sign = sign != 0 ? 1 : -1;
+  return signs;
+}
+
+std::vector<int8_t> random_factor(Random& random, const Size& s) {
+  auto signs = random_signs(random, s.order * s.order);
+  const int64_t m = s.order / 4;
+  for (int64_t b = 0; s.circulant && b < s.order; ++b) {
+    for (int64_t a = 0; a < s.order; ++a) {
+      const int64_t first = b / m * m, shifted = a / m * m + (a % m + m - b % m) % m;
+      signs[size_t(b * s.order + a)] = signs[size_t(first * s.order + shifted)];
+    }
+  }
   return signs;
 }
 
@@ -53,7 +68,7 @@ TEST(hadamard_equals_the_dense_product_on_integers) {
   Random random(1);
   for (const Size& s : kSizes) {
     const int64_t n = s.order * s.power * s.blocks;
-    auto factor = random_signs(random, s.order * s.order);
+    auto factor = random_factor(random, s);
     if (s.order == 1) factor = {1};
     std::vector<std::vector<int64_t>> x, expected;
     for (int64_t r = 0; r < kRows; ++r) {
@@ -114,7 +129,7 @@ TEST(hadamard_variants_agree_bit_by_bit) {
   Random random(3);
   for (const Size& s : kSizes) {
     const int64_t n = s.order * s.power * s.blocks;
-    const Guarded<int8_t> signs(random_signs(random, s.order * s.order));
+    const Guarded<int8_t> signs(random_factor(random, s));
     const Guarded<float> x(random.normals(kRows * n));
     const HadamardMatrix matrix{s.order * s.power, s.order, s.order == 1 ? nullptr : signs.data(),
                                 0.3f};

@@ -1,23 +1,21 @@
-// Attention of few query rows (decode) to 16 keys, straight from the codes: nothing is transposed
-// and no key or value is written out. Only for attention_isa.cpp.
+// Attention of few query rows (decode) to keys and values as integers, straight from their codes.
+// Only for attention_isa.cpp.
 //
-// A code takes some instructions on its way to fp32 (two with AVX-512), and one a row after that.
-// So the lanes are the words of 32 bits in which the codes lie: lane j of a vector and its nibble
-// (byte) i are dimension kPerWord * j + i of a key. Queries and outputs are kept in that order,
-// [kPerWord][words], and vectors of 16 words are cut out of the cache as they are:
+// A row of numbers becomes integers of three signed bytes, the largest 2^22 (as exact as sums in
+// fp32): the query once, the weights of a tile each time. What is summed then are products of bytes
+// and nibbles, four in a lane and exact (dot.h), so in any order:
 //
-//   8 words a key (64 dimensions of 4 bits): vector v holds keys v and v + 8; there are 8
-//   16 or 32 words: one or two vectors a key
+//   scores  lanes are 16 keys; a step takes a 32-bit word of each, transposed in registers
+//   values  lanes are dimensions; a step takes the bytes of four keys, interleaved in registers
 //
-// Scores: the lanes of a key are added in a tree that merges two vectors at each level (stride 1,
-// 2, 4, 8) and ends with the 16 scores in the lanes of one vector. A key's scale multiplies its
-// score, a value's its weight. What is multiplied are codes less half of their range, whatever the
-// zero: the rest, half - zero, is the same for all dimensions of a key and enters once, times the
-// sum of the query, or times the weight into what all dimensions of the output have in common.
+// A word or byte of codes is two planes of nibbles: the even and the odd dimensions of 4 bits, or
+// the low and high halves of 8. Zeros are subtracted from the sums: from scores exactly, times the
+// sum of the query; from outputs once at the end, as all dimensions have them in common.
 #pragma once
 
 #include <cstdint>
 
+#include "kernels/cpu/dot.h"
 #include "kernels/cpu/vec.h"
 
 namespace quarot::cpu::QUAROT_ISA {
@@ -25,6 +23,26 @@ namespace quarot::cpu::QUAROT_ISA {
 /// Rows up to which this is faster than dequantizing for all rows; the same in every variant,
 /// because the order of additions is its own.
 inline constexpr int64_t kFewRows = 8;
+/// Rows side by side, with three sums each in registers.
+inline constexpr int kFewBeside = kRegisterBytes == 64 ? 4 : kRegisterBytes == 32 ? 2 : 1;
+
+// ---- Numbers of three bytes ----
+
+inline constexpr int kDigits = 3;
+/// Bytes of four numbers: one word of each digit and one more.
+inline constexpr int64_t kFourDigits = 16;
+inline constexpr float kLargestDigits = 0x1p22f;
+
+/// x of at most `largest` = kLargestDigits / inverse: bytes 0 to 2 of each lane are the digits, in
+/// [-128, 127], of an integer of base 256.
+QUAROT_INLINE I32 digits(const F32& x, const F32& inverse) {
+  const I32 half = i32(0x808080);
+  return (rint_i32(x * inverse) + half) ^ half;
+}
+/// The integer whose digits are `low`, `middle` and `high`, where these are sums of digits.
+QUAROT_INLINE F32 from_digits(const F32& low, const F32& middle, const F32& high) {
+  return (high * f32(256.0f * 256.0f) + middle * f32(256.0f)) + low;
+}
 
 /// 16 keys (or values) of one head.
 struct Group {
@@ -33,152 +51,309 @@ struct Group {
   float scale[kLanes];
 };
 
-/// How words of kBits codes lie in vectors; kWords of them are a key.
-template <int kBits, int kWords>
+/// A row of a query: its unit and the sums of its digits, in fp32.
+struct FewQuery {
+  float unit;
+  float sums[kDigits];
+};
+
+/// Keys and values of kWords words of kBits codes; tiles of kTileKeys.
+template <int kBits, int kWords, int64_t kTileKeys>
 struct Few {
   static constexpr bool kFew = true;
-  static constexpr int kPerWord = 32 / kBits;
-  static constexpr int64_t kRowBytes = kWords * 4;                      // of a key
-  static constexpr int64_t kWidth = kWords < kLanes ? kLanes : kWords;  // of a row of q or out
-  static constexpr int64_t kRow = kPerWord * kWidth;                    // floats of q or out
-  static constexpr int64_t kVectors = kWords < kLanes ? kWords : kLanes;
-  static constexpr int64_t kParts = kWidth / kLanes;  // vectors of a key
-  static constexpr bool kTwoKeys = kWords < kLanes;
+  static constexpr int kPlanes = 2;
+  static constexpr int64_t kRowBytes = kWords * 4;  // of a key
+  static constexpr int64_t kDim = kWords * 32 / kBits;
   static_assert(kWords == 8 || kWords % kLanes == 0);
 
-  /// Part `part` of vector v.
-  static QUAROT_INLINE I32 words(const Group& group, int64_t v, int64_t part) {
-    const uint8_t* at = group.codes + v * kWords * 4;
-    if constexpr (kTwoKeys) {
-      I32 both;
-      load_halves(both, at, at + 8 * kWords * 4);
-      return both;
-    } else {
-      return load_as<I32>(at + part * kLanes * 4);
-    }
-  }
-  /// x [16 keys] in the lanes of vector v; spread: room for 16 vectors, filled by `spread_keys`.
-  template <class Scalar>
-  static QUAROT_INLINE auto of_keys(const Scalar* x, const Scalar* spread, int64_t v) {
-    if constexpr (kTwoKeys) return load(spread + v * kLanes);
-    if constexpr (sizeof(Scalar) == 4 && !kTwoKeys)
-      return Fill<decltype(load(x)), Scalar>::of(x[v]);
-  }
-  template <class Scalar>
-  static QUAROT_INLINE void spread_keys(Scalar* spread, const Scalar* x) {
-    if constexpr (kTwoKeys) {
-      for (int64_t v = 0; v < kVectors; ++v) {
-        for (int64_t lane = 0; lane < 8; ++lane) spread[v * kLanes + lane] = x[v];
-        for (int64_t lane = 8; lane < 16; ++lane) spread[v * kLanes + lane] = x[v + 8];
-      }
-    }
-  }
-  static constexpr int32_t kHalf = 1 << (kBits - 1);
-  static QUAROT_INLINE F32 codes(const I32& word, int i) {
-    const I32 moved = word >> (i * kBits);
-    if constexpr (kBits == 4) return centred_nibbles(moved);
-    return to_f32((moved & i32(2 * kHalf - 1)) - i32(kHalf));
-  }
-  /// half - zero of the 16 keys.
-  static QUAROT_INLINE F32 rest(const Group& group) {
-    return to_f32(i32(kHalf) - load(group.zero));
+  /// Nibbles of plane `plane`.
+  static QUAROT_INLINE I32 nibbles(const I32& word, int plane) {
+    return (plane == 0 ? word : word >> 4) & i32(0x0f0f0f0f);
   }
 
-  /// few [kRow] <- x [head_dim].
-  static void arrange(float* few, const float* x) {
-    for (int i = 0; i < kPerWord; ++i) {
-      for (int64_t j = 0; j < kWidth; ++j) {
-        few[i * kWidth + j] = x[kPerWord * (j % kWords) + i];
+  // ---- Scores ----
+
+  /// Planes of a query: with 8 bits both are the same.
+  static constexpr int kQueryPlanes = kBits == 4 ? 2 : 1;
+  static constexpr int64_t kQueryPlane = kWords * kFourDigits;
+  static constexpr int64_t kQueryBytes = kQueryPlanes * kQueryPlane;
+
+  /// few [kQueryPlanes, kWords, 4, 4 bytes] and its description  <-  x [kDim].
+  static void arrange(int8_t* few, FewQuery& query, const float* x) {
+    float planes[kDim];
+    I32 largest = i32(0);
+    for (int64_t i = 0; i < kDim; i += kLanes) {
+      largest = max(largest, bits(load(x + i)) & i32(0x7fffffff));
+    }
+    for (int64_t i = 0; i < kDim / kQueryPlanes; ++i) {
+      for (int p = 0; p < kQueryPlanes; ++p) {
+        planes[p * (kDim / kQueryPlanes) + i] = x[kQueryPlanes * i + p];
       }
     }
-  }
-  /// x [head_dim] <- few [kRow], of which the halves are added where a vector has two keys.
-  static void restore(float* x, const float* few) {
-    for (int i = 0; i < kPerWord; ++i) {
-      for (int64_t j = 0; j < kWords; ++j) {
-        const float* from = few + i * kWidth + j;
-        x[kPerWord * j + i] = kTwoKeys ? from[0] + from[8] : from[0];
-      }
+    const float most = __builtin_bit_cast(float, reduce_max(largest));
+    const float safe = most < kLeast ? kLeast : most;
+    I32 sum = i32(0);
+    for (int64_t i = 0; i < kDim; i += kLanes) {
+      const I32 four = transpose_bytes(digits(load(planes + i), f32(kLargestDigits / safe)));
+      sum = sum + dot_widen(dot_step(i32(0), i32(0x01010101), four));
+      store_as(few + i * 4, four);
     }
+    // Lanes 0 to 2 of each four are sums of the digits.
+    F32 sums = to_f32(sum);
+    sums = sums + swap_lanes<8>(sums);
+    sums = sums + swap_lanes<4>(sums);
+    float lane[kLanes];
+    store(lane, sums);
+    query = {safe * (1 / kLargestDigits) + (most - most), {lane[0], lane[1], lane[2]}};
   }
 
-  /// scores [R, 16] (rows `stride` apart)  <-  q [R, kRow], whose sums are q_sums [R], times the
-  /// group's keys.
-  template <int R>
-  static QUAROT_INLINE void scores(float* scores, int64_t stride, const float* q,
-                                   const float* q_sums, const Group& group) {
-    float sums[R][kVectors * kLanes];
-    for (int64_t v = 0; v < kVectors; ++v) {
-      F32 sum[R];
-#pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) sum[r] = f32(0);
+  /// words [kWords, 16 keys].
+  static QUAROT_INLINE void transpose(int32_t* words, const uint8_t* codes) {
+    constexpr int kVectors = kWords < kLanes ? kWords : kLanes;
 #pragma GCC unroll 2
-      for (int64_t part = 0; part < kParts; ++part) {
-        const I32 word = words(group, v, part);
-#pragma GCC unroll 8
-        for (int i = 0; i < kPerWord; ++i) {
-          const F32 code = codes(word, i);
-#pragma GCC unroll 6
-          for (int r = 0; r < R; ++r) {
-            sum[r] = fma(code, load(q + r * kRow + i * kWidth + part * kLanes), sum[r]);
+    for (int64_t part = 0; part < kWords; part += kVectors) {
+      I32 v[kVectors];
+#pragma GCC unroll 16
+      for (int i = 0; i < kVectors; ++i) {
+        if constexpr (kWords < kLanes) {
+          load_halves(v[i], codes + i * kRowBytes, codes + (i + 8) * kRowBytes);
+        } else {
+          v[i] = load_as<I32>(codes + i * kRowBytes + part * 4);
+        }
+      }
+      exchange_all<1>(v);
+      exchange_all<2>(v);
+      exchange_all<4>(v);
+      if constexpr (kVectors == 16) exchange_all<8>(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < kVectors; ++i) store(words + (part + i) * kLanes, v[i]);
+    }
+  }
+  template <int kStride, int kCount>
+  static QUAROT_INLINE void exchange_all(I32 (&v)[kCount]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) {
+      if ((i & kStride) == 0) exchange<kStride>(v[i], v[i + kStride]);
+    }
+  }
+
+  /// scores [R, 16] (rows `stride` apart)  <-  queries [R] times the group's keys, whose words are
+  /// transposed.
+  template <int R>
+  static QUAROT_INLINE void scores(float* scores, int64_t stride, const int8_t* few,
+                                   const FewQuery* queries, const int32_t* words,
+                                   const Group& group) {
+    I32 total[R][kDigits];
+#pragma GCC unroll 2
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      const int8_t* q = few + (kQueryPlanes == 2 ? plane * kQueryPlane : 0);
+      I32 sum[R][kDigits];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 3
+        for (int d = 0; d < kDigits; ++d) sum[r][d] = i32(0);
+      }
+      add_dots<R, kWords>(sum, plane, words, q, kQueryBytes);
+      add_plane<R>(total, sum, plane);
+    }
+    const F32 zero = to_f32(load(group.zero)), scale = load(group.scale);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      F32 less_zero[kDigits];
+#pragma GCC unroll 3
+      for (int d = 0; d < kDigits; ++d) {
+        less_zero[d] = to_f32(total[r][d]) - zero * f32(queries[r].sums[d]);
+      }
+      const F32 sum = from_digits(less_zero[0], less_zero[1], less_zero[2]);
+      // A scale that is not finite makes NaN of the score, also where the sum is zero or infinite.
+      store(scores + r * stride, sum * (scale * f32(queries[r].unit)) + (scale - scale));
+    }
+  }
+
+  /// sum [R, digits] += nibbles of `count` vectors times the fours at `fours`, whose rows are
+  /// row_bytes apart.
+  template <int R, int64_t kCount>
+  static QUAROT_INLINE void add_dots(I32 (&sum)[R][kDigits], int plane, const int32_t* vectors,
+                                     const int8_t* fours, int64_t row_bytes) {
+    static_assert(kCount % kDotRun == 0);
+    for (int64_t first = 0; first < kCount; first += kDotRun) {
+      I32 part[R][kDigits];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 3
+        for (int d = 0; d < kDigits; ++d) part[r][d] = kDotWidens ? i32(0) : sum[r][d];
+      }
+#pragma GCC unroll 2
+      for (int64_t i = first; i < first + kDotRun; ++i) {
+        const I32 u = nibbles(load(vectors + i * kLanes), plane);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 3
+          for (int d = 0; d < kDigits; ++d) {
+            part[r][d] = dot_step(part[r][d], u,
+                                  broadcast4(fours + r * row_bytes + i * kFourDigits + d * 4));
           }
         }
       }
-#pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) store(sums[r] + v * kLanes, sum[r]);
-    }
-    const F32 scale = load(group.scale);
-    for (int r = 0; r < R; ++r) {
-      merge<1>(sums[r], kVectors);
-      merge<2>(sums[r], kVectors / 2);
-      merge<4>(sums[r], kVectors / 4);
-      if (!kTwoKeys) merge<8>(sums[r], kVectors / 8);
-      const F32 product = fma(rest(group), f32(q_sums[r]), load(sums[r]));
-      // A scale that is not finite makes NaN of the score, also where the sum is zero or infinite.
-      store(scores + r * stride, product * scale + (scale - scale));
-    }
-  }
-  template <int kStride>
-  static QUAROT_INLINE void merge(float* vectors, int64_t count) {
-    for (int64_t v = 0; v < count / 2; ++v) {
-      const float* from = vectors + 2 * v * kLanes;
-      store(vectors + v * kLanes, add_pairs<kStride>(load(from), load(from + kLanes)));
-    }
-  }
-
-  /// out [R, kRow] = (factor ? factor [R] * out : out) + weights [R, 16] (rows `stride` apart)
-  /// times the group's values; common [R, 16], whose sum belongs to each output, likewise.
-  template <int R>
-  static QUAROT_INLINE void add_values(float* out, float* common, const float* factor,
-                                       const float* weights, int64_t stride, const Group& group) {
-    float scaled[R][kLanes], spread[R][kTwoKeys ? kVectors * kLanes : 1];
-    for (int r = 0; r < R; ++r) {
-      const F32 weight = load(weights + r * stride) * load(group.scale);
-      store(scaled[r], weight);
-      spread_keys(spread[r], scaled[r]);
-      const F32 older = load(common + r * kLanes);
-      store(common + r * kLanes,
-            fma(weight, rest(group), factor == nullptr ? older : older * f32(factor[r])));
-    }
-    for (int i = 0; i < kPerWord; ++i) {
-      for (int64_t part = 0; part < kParts; ++part) {
-        F32 sum[R];
-#pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) sum[r] = f32(0);
-        for (int64_t v = 0; v < kVectors; ++v) {
-          const F32 code = codes(words(group, v, part), i);
-#pragma GCC unroll 6
-          for (int r = 0; r < R; ++r) sum[r] = fma(code, of_keys(scaled[r], spread[r], v), sum[r]);
-        }
-#pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) {
-          float* to = out + r * kRow + i * kWidth + part * kLanes;
-          const F32 older = factor == nullptr ? load(to) : load(to) * f32(factor[r]);
-          store(to, older + sum[r]);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 3
+        for (int d = 0; d < kDigits; ++d) {
+          sum[r][d] = kDotWidens ? sum[r][d] + dot_widen(part[r][d]) : part[r][d];
         }
       }
     }
   }
+  /// total = sum of the planes: the second one counts 16 times with 8 bits.
+  template <int R>
+  static QUAROT_INLINE void add_plane(I32 (&total)[R][kDigits], const I32 (&sum)[R][kDigits],
+                                      int plane) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 3
+      for (int d = 0; d < kDigits; ++d) {
+        if (plane == 0) {
+          total[r][d] = sum[r][d];
+        } else {
+          total[r][d] = total[r][d] + (kBits == 8 ? sum[r][d] << 4 : sum[r][d]);
+        }
+      }
+    }
+  }
+
+  // ---- Values ----
+
+  static constexpr int64_t kQuads = kTileKeys / 4;
+  static constexpr int64_t kGroupQuads = kLanes / 4;
+  /// Vectors of a quad: a lane has a byte of each of four values.
+  static constexpr int64_t kVectors = kWords * 4 / kLanes;
+  static constexpr int64_t kWeightBytes = kQuads * kFourDigits;
+
+  /// Quads of group `at` of a tile's bytes [kVectors, kQuads, 16].
+  static QUAROT_INLINE void interleave_quads(int32_t* bytes, int64_t at, const uint8_t* codes) {
+    // Where a vector has two keys, it is two quads at once.
+    constexpr bool kTwoKeys = kWords < kLanes;
+    for (int64_t quad = 0; quad < (kTwoKeys ? 2 : kGroupQuads); ++quad) {
+      for (int64_t part = 0; part < kWords; part += kLanes) {
+        I32 v[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const uint8_t* key = codes + (quad * 4 + i) * kRowBytes + part * 4;
+          if constexpr (kTwoKeys) {
+            load_halves(v[i], key, key + 8 * kRowBytes);
+          } else {
+            v[i] = load_as<I32>(key);
+          }
+        }
+        interleave<1>(v[0], v[1]);
+        interleave<1>(v[2], v[3]);
+        interleave<2>(v[0], v[2]);
+        interleave<2>(v[1], v[3]);
+        // Now v[0], v[2], v[1], v[3] have words 0 to 3 of each four.
+        const auto to = [&](int64_t vector, int64_t q) __attribute__((always_inline)) {
+          return bytes + (vector * kQuads + at * kGroupQuads + q) * kLanes;
+        };
+        if constexpr (kTwoKeys) {
+          exchange<8>(v[0], v[2]);
+          exchange<8>(v[1], v[3]);
+          store(to(0, quad), v[0]);
+          store(to(0, quad + 2), v[2]);
+          store(to(1, quad), v[1]);
+          store(to(1, quad + 2), v[3]);
+        } else {
+          store(to(part / 4, quad), v[0]);
+          store(to(part / 4 + 1, quad), v[2]);
+          store(to(part / 4 + 2, quad), v[1]);
+          store(to(part / 4 + 3, quad), v[3]);
+        }
+      }
+    }
+  }
+  /// The dimension of a lane of an output vector; with 8 bits plane 0 has all.
+  static constexpr int64_t dimension(int plane, int64_t vector, int64_t lane) {
+    const int64_t in_word = kWords < kLanes ? lane % 8 : lane;
+    const int64_t in_four =
+        kWords < kLanes ? vector * 2 + lane / 8 : vector % 4;  // which word of a four
+    const int64_t word = (kWords < kLanes ? 0 : vector / 4 * kLanes) + in_word / 4 * 4 + in_four;
+    return kBits == 4 ? word * 8 + lane % 4 * 2 + plane : word * 4 + lane % 4;
+  }
+  static constexpr int kOutPlanes = kBits == 4 ? 2 : 1;
+
+  /// x [kDim] <- few [kOutPlanes, kVectors, 16].
+  static void restore(float* x, const float* few) {
+    for (int plane = 0; plane < kOutPlanes; ++plane) {
+      for (int64_t v = 0; v < kVectors; ++v) {
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          x[dimension(plane, v, lane)] = *few++;
+        }
+      }
+    }
+  }
+
+  /// few [kQuads, 4, 4 bytes] <- weights [kTileKeys] times the groups' scales, none negative;
+  /// returns their unit. common [16] <- factor * common + the same times the zeros.
+  static QUAROT_INLINE float arrange_weights(int8_t* few, float* common, float factor,
+                                             const float* weights, const Group* groups) {
+    F32 scaled[kTileKeys / kLanes];
+    F32 most = f32(kLeast), sum = load(common) * f32(factor);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kTileKeys / kLanes; ++i) {
+      scaled[i] = load(weights + i * kLanes) * load(groups[i].scale);
+      most = max(scaled[i], most);
+      sum = sum + scaled[i] * to_f32(load(groups[i].zero));
+    }
+    store(common, sum);
+    const float largest = reduce_max(most);
+    const F32 inverse = f32(kLargestDigits / largest);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kTileKeys / kLanes; ++i) {
+      store_as(few + i * kLanes * 4, transpose_bytes(digits(scaled[i], inverse)));
+    }
+    return largest * (1 / kLargestDigits);
+  }
+
+  /// out [R, kDim] = factor [R] * out + units [R] * weights [R, kWeightBytes] times the values.
+  template <int R>
+  static QUAROT_INLINE void add_values(float* out, const float* factor, const float* units,
+                                       const int8_t* weights, const int32_t* bytes) {
+    for (int64_t v = 0; v < kVectors; ++v) {
+      I32 total[R][kDigits];
+#pragma GCC unroll 2
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        I32 sum[R][kDigits];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 3
+          for (int d = 0; d < kDigits; ++d) sum[r][d] = i32(0);
+        }
+        add_dots<R, kQuads>(sum, plane, bytes + v * kQuads * kLanes, weights, kWeightBytes);
+        add_plane<R>(total, sum, kBits == 4 ? 0 : plane);
+        if (kBits == 8 && plane == 0) continue;
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          float* to = out + r * kDim + ((kBits == 4 ? plane * kVectors : 0) + v) * kLanes;
+          const F32 sums =
+              from_digits(to_f32(total[r][0]), to_f32(total[r][1]), to_f32(total[r][2]));
+          store(to, load(to) * f32(factor[r]) + sums * f32(units[r]));
+        }
+      }
+    }
+  }
+
+  /// What a task keeps beside scores and outputs.
+  struct State {
+    int8_t query[kFewRows * kQueryBytes];
+    FewQuery queries[kFewRows];
+    int32_t words[kWords * kLanes];             // of 16 keys, transposed
+    int32_t bytes[kVectors * kQuads * kLanes];  // of a tile of values, interleaved
+    int8_t weights[kFewRows * kWeightBytes];
+    float units[kFewRows];            // of the weights
+    float common[kFewRows * kLanes];  // sums of weight * zero, to be subtracted from all outputs
+  };
+
+ private:
+  /// Numbers that are all less count as zero: their inverse would overflow.
+  static constexpr float kLeast = 0x1p-100f;
 };
 
 }  // namespace quarot::cpu::QUAROT_ISA

@@ -60,9 +60,6 @@ struct Tile {
   float* sum;      // [kRows]
   float* factor;   // [kRows] what the older part of `out` is multiplied by
   float* poison;   // [kKeys] 0, or NaN where the value's scale is not finite
-  // Of few rows: the sum of a row of q, and what its outputs have in common (attention_few.h).
-  float* q_sum;   // [kRows]
-  float* common;  // [kFewRows, 16]
 };
 
 // ---- Product of two tiles -----------------------------------------------------------------------
@@ -142,8 +139,12 @@ void product_rows(float* out, int64_t out_stride, const float* factor, const flo
 /// scale and zero of slots [slot, slot + count), count <= 16; the other lanes are 0.
 QUAROT_INLINE void load_grid(const KvCacheView& cache, int64_t slot, int64_t count, F32& scale,
                              I32& zero) {
-  uint8_t zeros[kLanes] = {};
-  __builtin_memcpy(zeros, cache.zero + slot, static_cast<size_t>(count));
+  uint8_t tail[kLanes] = {};
+  const uint8_t* zeros = cache.zero + slot;
+  if (count < kLanes) [[unlikely]] {
+    __builtin_memcpy(tail, zeros, static_cast<size_t>(count));
+    zeros = tail;
+  }
   zero = load_u8(zeros);
   scale = load_upto<DType::f16>(cache.scale, slot, slot + count);
 }
@@ -254,7 +255,13 @@ QUAROT_INLINE void hide_and_find_maximum(const Tile& t, int64_t r, int64_t count
                                          int64_t seen, const bool* mask) {
   float* scores = t.scores + r * kKeys;
   F32 maxima = f32(t.maximum[r]);
-  for (int64_t c = 0; c < kKeys; c += kLanes) {
+  const bool all = from == 0 && seen == kKeys && mask == nullptr;
+  for (int64_t c = 0; all && c < kKeys; c += kLanes) {
+    const F32 score = load(scores + c) + load(t.poison + c);
+    store(scores + c, score);
+    maxima = max(score, maxima);
+  }
+  for (int64_t c = 0; !all && c < kKeys; c += kLanes) {
     const I32 visible_below = greater(i32(static_cast<int32_t>(seen - c)), lane_numbers());
     I32 visible = visible_below & greater(lane_numbers(), i32(static_cast<int32_t>(from - c - 1)));
     if (mask != nullptr) visible = visible & load_mask(mask, c, count);
@@ -312,27 +319,28 @@ QUAROT_INLINE void load_group(Group& group, const KvCacheView& cache, int64_t sl
   group.codes = copy;
 }
 
-/// Scores of rows [row, row + rows) and the keys from `first` of the tile on; queries are in t.k.
+/// Scores of rows [row, row + rows) and the keys from `first` of the tile on.
 template <class Few, int R>
-void few_scores(const Tile& t, int64_t first, int64_t row, int64_t rows, const Group& group) {
+void few_scores(const Tile& t, const typename Few::State& few, int64_t first, int64_t row,
+                int64_t rows, const Group& group) {
   for (; rows >= R; row += R, rows -= R) {
-    Few::template scores<R>(t.scores + row * kKeys + first, kKeys, t.k + row * Few::kRow,
-                            t.q_sum + row, group);
+    Few::template scores<R>(t.scores + row * kKeys + first, kKeys,
+                            few.query + row * Few::kQueryBytes, few.queries + row, few.words,
+                            group);
   }
   if constexpr (R > 1) {
-    if (rows > 0) few_scores<Few, R - 1>(t, first, row, rows, group);
+    if (rows > 0) few_scores<Few, R - 1>(t, few, first, row, rows, group);
   }
 }
-/// Adds the weighted values to the outputs, which are in t.v.
+/// Adds the weighted values of a tile to the outputs, which are in t.v.
 template <class Few, int R>
-void few_values(const Tile& t, int64_t first, int64_t row, int64_t rows, const Group& group) {
+void few_values(const Tile& t, const typename Few::State& few, int64_t row, int64_t rows) {
   for (; rows >= R; row += R, rows -= R) {
-    Few::template add_values<R>(t.v + row * Few::kRow, t.common + row * kLanes,
-                                first == 0 ? t.factor + row : nullptr,
-                                t.scores + row * kKeys + first, kKeys, group);
+    Few::template add_values<R>(t.v + row * Few::kDim, t.factor + row, few.units + row,
+                                few.weights + row * Few::kWeightBytes, few.bytes);
   }
   if constexpr (R > 1) {
-    if (rows > 0) few_values<Few, R - 1>(t, first, row, rows, group);
+    if (rows > 0) few_values<Few, R - 1>(t, few, row, rows);
   }
 }
 
@@ -340,6 +348,7 @@ void few_values(const Tile& t, int64_t first, int64_t row, int64_t rows, const G
 struct Many {
   static constexpr bool kFew = false;
   static constexpr int64_t kRowBytes = 1;
+  struct State {};
 };
 
 /// Attends to keys [begin, end), a multiple of kKeys or the last one: leaves out, maximum and sum
@@ -356,16 +365,13 @@ void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t b
     t.maximum[r] = kLowest;
     t.sum[r] = 0;
   }
+  typename Few::State few;
   if constexpr (Few::kFew) {
     for (int64_t r = 0; r < block.rows; ++r) {
-      const float* q = t.q + r * t.dim;
-      F32 sum = load(q);
-      for (int64_t i = kLanes; i < t.dim; i += kLanes) sum = sum + load(q + i);
-      t.q_sum[r] = reduce_add(sum);
-      Few::arrange(t.k + r * Few::kRow, q);
-      store(t.common + r * kLanes, f32(0));
+      Few::arrange(few.query + r * Few::kQueryBytes, few.queries[r], t.q + r * t.dim);
+      store(few.common + r * kLanes, f32(0));
     }
-    for (int64_t i = 0; i < block.rows * Few::kRow; i += kLanes) store(t.v + i, f32(0));
+    for (int64_t i = 0; i < block.rows * Few::kDim; i += kLanes) store(t.v + i, f32(0));
   }
   // Keys that row r may see, by causality alone.
   const auto seen = [&](int64_t r)
@@ -374,7 +380,7 @@ void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t b
   end = end < last ? end : last;
   const int64_t outside = (seen(0) - a.window - begin) / kKeys * kKeys;  // of the window
   if (outside > 0) begin += outside;
-  uint8_t copies[2][kLanes * Few::kRowBytes];  // of the last keys and values
+  uint8_t copy[kLanes * Few::kRowBytes];  // of the last keys or values
   for (int64_t key = begin; key < end; key += kKeys) {
     const int64_t count = end - key < kKeys ? end - key : kKeys;
     Slots slots{};
@@ -385,14 +391,16 @@ void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t b
     }
     Group values[kKeys / kLanes];
     if constexpr (Few::kFew) {
-      for (int64_t first = 0; first < count; first += kLanes) {
-        const int64_t slot = slots.of[first / kLanes];
-        const int64_t valid = count - first < kLanes ? count - first : kLanes;
+      for (int64_t first = 0; first < kKeys; first += kLanes) {
+        const int64_t slot = slots.of[first / kLanes], left = count - first;
+        const int64_t valid = left < 0 ? 0 : left < kLanes ? left : kLanes;
         Group keys;
-        load_group(keys, a.k, slot, valid, Few::kRowBytes, copies[0]);
-        few_scores<Few, kBlock>(t, first, 0, block.rows, keys);
+        load_group(keys, a.k, slot, valid, Few::kRowBytes, copy);
+        Few::transpose(few.words, keys.codes);
+        few_scores<Few, kFewBeside>(t, few, first, 0, block.rows, keys);
         Group& group = values[first / kLanes];
-        load_group(group, a.v, slot, valid, Few::kRowBytes, copies[1]);
+        load_group(group, a.v, slot, valid, Few::kRowBytes, copy);
+        Few::interleave_quads(few.bytes, first / kLanes, group.codes);
         store(t.poison + first, defuse(group.scale));
       }
     } else {
@@ -421,9 +429,12 @@ void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t b
     for (int64_t r = 0; r < block.rows; r += kLanes) store(t.factor + r, exp(load(t.factor + r)));
     for (int64_t r = 0; r < block.rows; ++r) weigh_row(t, r);
     if constexpr (Few::kFew) {
-      for (int64_t first = 0; first < count; first += kLanes) {
-        few_values<Few, kBlock>(t, first, 0, block.rows, values[first / kLanes]);
+      for (int64_t r = 0; r < block.rows; ++r) {
+        few.units[r] =
+            Few::arrange_weights(few.weights + r * Few::kWeightBytes, few.common + r * kLanes,
+                                 t.factor[r], t.scores + r * kKeys, values);
       }
+      few_values<Few, kFewBeside>(t, few, 0, block.rows);
     } else {
       product_rows<kBlock>(t.out, t.dim, t.factor, t.scores, kKeys, t.v, t.dim, kKeys, block.rows,
                            t.dim);
@@ -432,9 +443,9 @@ void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t b
   if constexpr (Few::kFew) {
     for (int64_t r = 0; r < block.rows; ++r) {
       float* out = t.out + r * t.dim;
-      Few::restore(out, t.v + r * Few::kRow);
-      const F32 common = f32(reduce_add(load(t.common + r * kLanes)));
-      for (int64_t i = 0; i < t.dim; i += kLanes) store(out + i, load(out + i) + common);
+      Few::restore(out, t.v + r * Few::kDim);
+      const F32 common = f32(reduce_add(load(few.common + r * kLanes)));
+      for (int64_t i = 0; i < t.dim; i += kLanes) store(out + i, load(out + i) - common);
     }
   }
 }
@@ -444,13 +455,13 @@ void attend_any(const AttentionArgs& a, const Block& block, const Tile& t, int64
                 int64_t end) {
   const int64_t words = block.rows <= kFewRows ? a.head_dim * a.bits / 32 : 0;
   if (a.bits == 4) {
-    if (words == 8) return attend<Few<4, 8>>(a, block, t, begin, end);
-    if (words == 16) return attend<Few<4, 16>>(a, block, t, begin, end);
-    if (words == 32) return attend<Few<4, 32>>(a, block, t, begin, end);
+    if (words == 8) return attend<Few<4, 8, kKeys>>(a, block, t, begin, end);
+    if (words == 16) return attend<Few<4, 16, kKeys>>(a, block, t, begin, end);
+    if (words == 32) return attend<Few<4, 32, kKeys>>(a, block, t, begin, end);
   } else {
-    if (words == 8) return attend<Few<8, 8>>(a, block, t, begin, end);
-    if (words == 16) return attend<Few<8, 16>>(a, block, t, begin, end);
-    if (words == 32) return attend<Few<8, 32>>(a, block, t, begin, end);
+    if (words == 8) return attend<Few<8, 8, kKeys>>(a, block, t, begin, end);
+    if (words == 16) return attend<Few<8, 16, kKeys>>(a, block, t, begin, end);
+    if (words == 32) return attend<Few<8, 32, kKeys>>(a, block, t, begin, end);
   }
   attend<Many>(a, block, t, begin, end);
 }
@@ -530,10 +541,8 @@ void attention(const AttentionArgs& a, const AttentionSplit& split, const Execut
     const int64_t most = rows < kRows ? rows : kRows;
     const Scratch q(most * dim), k(dim * kKeys), v(kKeys * dim), scores(most * kKeys);
     const Scratch out(most * dim), maximum(kRows), sum(kRows), factor(kRows), poison(kKeys);
-    const Scratch q_sum(kRows), common(kFewRows * kLanes);
-    const Tile tile{dim,           q.data(),      k.data(),       v.data(),
-                    scores.data(), out.data(),    maximum.data(), sum.data(),
-                    factor.data(), poison.data(), q_sum.data(),   common.data()};
+    const Tile tile{dim,        q.data(),       k.data(),   v.data(),      scores.data(),
+                    out.data(), maximum.data(), sum.data(), factor.data(), poison.data()};
     for (int64_t task = begin; task < end; ++task) run_task(a, split, tile, task);
   });
   if (split.splits == 1) return;

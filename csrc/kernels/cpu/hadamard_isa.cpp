@@ -10,25 +10,39 @@ namespace quarot::cpu::QUAROT_ISA {
 
 namespace {
 
+/// Entries of a row, about, that are loaded and then transformed.
+constexpr int64_t kPart = 1024;
+
 template <DType kDtype>
 void hadamard_rows(const HadamardArgs& args, const Executor& executor) {
   const int64_t n = args.x.n;
-  parallel_rows(
-      executor, args.x.rows, n * args.matrix.factor_order, [&](int64_t begin, int64_t end) {
-        const Transform transform(args.matrix);
-        const Scratch row(n);
-        const F32 scale = f32(args.matrix.scale);
-        for (int64_t r = begin; r < end; ++r) {
-          for (int64_t i = 0; i < n; i += kLanes) {
-            store(row.data() + i, load_upto<kDtype>(args.x.data, r * args.x.row_stride + i,
-                                                    r * args.x.row_stride + n));
-          }
-          transform(row.data(), n);
-          for (int64_t i = 0; i < n; i += kLanes) {
-            store_upto<kDtype>(args.out, r * n + i, r * n + n, load(row.data() + i) * scale);
-          }
-        }
-      });
+  parallel_rows(executor, args.x.rows, n * args.matrix.factor_order,
+                [&](int64_t begin, int64_t last) {
+                  const Transform transform(args.matrix);
+                  const Scratch row(n);
+                  const F32 scale = f32(args.matrix.scale);
+                  // Whole blocks of 2^p that stay in the L1 between being loaded and transformed.
+                  const int64_t step = ceil_div(kPart, transform.columns()) * transform.columns();
+                  for (int64_t r = begin; r < last; ++r) {
+                    const int64_t first = r * args.x.row_stride;
+                    for (int64_t part = 0; part < n; part += step) {
+                      const int64_t end = part + step < n ? part + step : n;
+                      for (int64_t i = part; i < end; i += kLanes) {
+                        store(row.data() + i, load_upto<kDtype>(args.x.data, first + i, first + n));
+                      }
+                      transform.power(row.data() + part, end - part);
+                    }
+                    const auto put = [&](int64_t at, int64_t end,
+                                         const F32& value) __attribute__((always_inline)) {
+                      store_upto<kDtype>(args.out, r * n + at, r * n + end, value * scale);
+                    };
+                    if (transform.has_factor()) {
+                      transform.factor(row.data(), n, 1, put);
+                    } else {
+                      for (int64_t i = 0; i < n; i += kLanes) put(i, n, load(row.data() + i));
+                    }
+                  }
+                });
 }
 
 }  // namespace

@@ -449,6 +449,95 @@ QUAROT_INLINE F32 add_pairs(const F32& a, const F32& b) {
   return mix_lanes<kStride>(a, b) + swap_lanes<kStride>(mix_lanes<kStride>(b, a));
 }
 
+/// One step of a transposition: a's lanes with i & kStride change places with b's without.
+template <int kStride>
+QUAROT_INLINE void exchange(NativeI32& a, NativeI32& b) {
+  constexpr int lanes = kRegisterBytes / 4;
+  static_assert(kStride < lanes);
+#if defined(__clang__)
+  const NativeI32 from_a = a, from_b = b;
+  for (int i = 0; i < lanes; ++i) {
+    a[i] = (i & kStride) != 0 ? from_b[i - kStride] : from_a[i];
+    b[i] = (i & kStride) != 0 ? from_b[i] : from_a[i + kStride];
+  }
+#else
+  NativeI32 low, high;  // constants to the optimiser; b's lanes follow a's
+  for (int i = 0; i < lanes; ++i) {
+    low[i] = (i & kStride) != 0 ? lanes + i - kStride : i;
+    high[i] = (i & kStride) != 0 ? lanes + i : i + kStride;
+  }
+  const NativeI32 old = a;
+  a = __builtin_shuffle(old, b, low);
+  b = __builtin_shuffle(old, b, high);
+#endif
+}
+template <int kStride, class Half>
+QUAROT_INLINE void exchange(Pair<Half>& a, Pair<Half>& b) {
+  if constexpr (kStride * 4 == sizeof(Half)) {
+    const Half high = a.hi;
+    a.hi = b.lo;
+    b.lo = high;
+  } else {
+    exchange<kStride>(a.lo, b.lo);
+    exchange<kStride>(a.hi, b.hi);
+  }
+}
+
+// ---- Bytes that change places, within each 16 of them ----
+
+/// Pieces of kBytes of a and b in turn: a gets the lower eight bytes of both, b the upper.
+template <int kBytes>
+QUAROT_INLINE void interleave(NativeI32& a, NativeI32& b) {
+  using Bytes = Native<int8_t, kRegisterBytes>::type;
+  const Bytes from_a = (Bytes)a, from_b = (Bytes)b;
+  Bytes low, high;
+  for (int i = 0; i < kRegisterBytes; ++i) {
+    const int from = i / 16 * 16 + i % 16 / (2 * kBytes) * kBytes + i % kBytes;
+    const bool of_b = i / kBytes % 2 == 1;
+#if defined(__clang__)
+    low[i] = of_b ? from_b[from] : from_a[from];
+    high[i] = of_b ? from_b[from + 8] : from_a[from + 8];
+#else  // indices, constants to the optimiser; b's bytes follow a's
+    low[i] = static_cast<int8_t>(from + (of_b ? kRegisterBytes : 0));
+    high[i] = static_cast<int8_t>(from + (of_b ? kRegisterBytes : 0) + 8);
+#endif
+  }
+#if !defined(__clang__)
+  low = __builtin_shuffle(from_a, from_b, low);
+  high = __builtin_shuffle(from_a, from_b, high);
+#endif
+  a = (NativeI32)low;
+  b = (NativeI32)high;
+}
+template <int kBytes, class Half>
+QUAROT_INLINE void interleave(Pair<Half>& a, Pair<Half>& b) {
+  interleave<kBytes>(a.lo, b.lo);
+  interleave<kBytes>(a.hi, b.hi);
+}
+
+/// Of each four lanes: lane i gets byte i of all four.
+QUAROT_INLINE NativeI32 transpose_bytes(NativeI32 v) {
+  using Bytes = Native<int8_t, kRegisterBytes>::type;
+  const Bytes from = (Bytes)v;
+  Bytes to;
+  for (int i = 0; i < kRegisterBytes; ++i) {
+    const int at = i / 16 * 16 + i % 4 * 4 + i / 4 % 4;
+#if defined(__clang__)
+    to[i] = from[at];
+#else
+    to[i] = static_cast<int8_t>(at);
+#endif
+  }
+#if !defined(__clang__)
+  to = __builtin_shuffle(from, to);
+#endif
+  return (NativeI32)to;
+}
+template <class Half>
+QUAROT_INLINE Pair<Half> transpose_bytes(const Pair<Half>& v) {
+  return {transpose_bytes(v.lo), transpose_bytes(v.hi)};
+}
+
 /// 32 bytes at p, then 32 at q, as 8 and 8 lanes.
 template <class Half>
 QUAROT_INLINE void load_halves(Pair<Half>& v, const void* p, const void* q) {
