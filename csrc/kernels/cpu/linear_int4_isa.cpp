@@ -16,8 +16,9 @@
 //     where a group ends: scale
 //
 // The bound is the multiplier: 64 multiply-adds a vpdpbusd. The variant amx has a multiplier of 16
-// x 16 x 64 (tdpbsud), to which the unpacked weights are a tile as they are: its tasks take two
-// blocks of channels and 32 rows at a time, 4 tiles of sums, and read x where it lies.
+// x 16 x 64 (tdpbssd), to which the unpacked weights are a tile as they are. Rows of k bytes are
+// not, to the caches: x is copied first, tile by tile. A task is two blocks of channels and up to
+// 512 rows, 32 at a time, 4 tiles of sums, which are scaled while they are in the L1.
 //
 // Sums are exact and each output is scaled by itself, so the blocking never shows in a result.
 // Above 300 lines: both directions of the layout stand beside the loops that read it.
@@ -26,6 +27,9 @@
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/vec.h"
 #include "kernels/linear_int4.h"
+#if defined(__AMX_INT8__)
+#include "kernels/cpu/tiles.h"
+#endif
 
 namespace quarot::cpu::QUAROT_ISA {
 namespace {
@@ -299,16 +303,14 @@ void end_plain(const LinearInt4Args& a, const Tile& tile, int64_t block, const i
 }
 
 /// Scales the sums acc [rows, 16] of a group, adds them to y [rows, 16] (which holds the groups
-/// before), and writes the output after the last one.
+/// before), and writes the output after the last one. Rows of acc and y are `stride` apart; x_sums
+/// is null where the codes of the weights were signed.
 void end_group(const LinearInt4Args& a, const Tile& tile, int64_t block, int64_t group,
-               const int32_t* acc, float* y, const int32_t* x_sums) {
-  if (is_plain(a, block)) {
-    return a.residual == nullptr ? end_plain<false>(a, tile, block, acc, x_sums)
-                                 : end_plain<true>(a, tile, block, acc, x_sums);
-  }
+               const int32_t* acc, float* y, int64_t stride, const int32_t* x_sums) {
   const GroupOfChannels channels = load_group(a, block * kLanes, group);
-  for (int64_t r = tile.row; r < tile.row + tile.rows; ++r, acc += kLanes, y += kLanes) {
-    F32 value = scaled(a, r, load(acc), x_sums[r * a.groups + group], channels);
+  for (int64_t r = tile.row; r < tile.row + tile.rows; ++r, acc += stride, y += stride) {
+    const int32_t x_sum = x_sums == nullptr ? 0 : x_sums[r * a.groups + group];
+    F32 value = scaled(a, r, load(acc), x_sum, channels);
     if (group > 0) value = load(y) + value;
     if (group + 1 == a.groups) {
       finish(a, r, block * kLanes, value);
@@ -323,106 +325,196 @@ constexpr int64_t kUnpackedBytes = kSegment * kLanes;
 
 #if defined(__AMX_INT8__)
 
-constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileColumns = 64;
+constexpr int64_t kTile = kTileRows * kTileColumns;  // bytes
+constexpr int64_t kPairRows = 2 * kTileRows;         // of the sums: two by two tiles
+constexpr int64_t kPairChannels = 2 * kLanes;
+/// The segment's weights and 32 rows of it are 16 KB each: they share the L1.
+constexpr int64_t kTileSegment = 512;
+/// A task's rows, at most: they stay in the L2 while the tasks beside it read them.
+constexpr int64_t kTaskRows = 512;
+constexpr int64_t kTaskBytes = int64_t{1} << 20;
 
-/// Has what was written before, at p too, in memory: GCC 12's intrinsics do not say what they read.
-QUAROT_INLINE void before_tiles_read(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
+bool fits_tiles(const LinearInt4Args& a) { return a.k / a.groups % kTileColumns == 0; }
 
-/// Eight tiles, of which 0, 1 (and 2, 3) are sums, 4, 5 rows of x, 6, 7 weights.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-  /// For two tiles of `first` and `second` rows.
-  TileConfig(int64_t first, int64_t second) {
-    for (int i = 0; i < 8; ++i) {
-      const int64_t of_x = i % 2 == 0 ? first : second;
-      rows[i] = static_cast<uint8_t>(i < 6 ? of_x : kTileRows);
-      row_bytes[i] = of_x == 0 && i < 6 ? 0 : 64;
+/// tiles [k / 64, 16, 64]  <-  rows [row, row + 16) of x, zeros beyond m.
+void copy_rows(int8_t* tiles, const LinearInt4Args& a, int64_t row) {
+  for (int64_t r = 0; r < kTileRows; ++r) {
+    for (int64_t c = 0; c < a.k; c += kTileColumns) {
+      I32 codes = i32(0);
+      if (row + r < a.m) codes = load_as<I32>(a.x + (row + r) * a.k + c);
+      store_as(tiles + c * kTileRows + r * kTileColumns, codes);
     }
   }
-};
+}
 
-/// acc [2, rows, 16] (blocks kBlockRows apart) = (add ? acc : 0) + x [rows, columns] (a.k apart) *
-/// w [2, columns / 4, 64]. columns % 64 = 0.
+/// The bytes less kOffset.
+QUAROT_INLINE void store_signed(uint8_t* p, const I32& codes) {
+  typedef int8_t I8x64 __attribute__((vector_size(64)));
+  store_as(p, load_as<I8x64>(&codes) - static_cast<int8_t>(kOffset));
+}
+
+/// tiles [columns / 64, 2, 16, 64], of them block `which`  <-  w [columns / 8, 64], signed.
+void unpack_tiles(uint8_t* tiles, int64_t which, const uint8_t* w, int64_t columns) {
+  for (int64_t c = 0; c < columns; c += kTileColumns) {
+    uint8_t* tile = tiles + (c / kTileColumns * 2 + which) * kTile;
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kTileColumns / kColumns; ++i, w += kBlockBytes) {
+      const I32 word = load_as<I32>(w);
+      store_signed(tile + 2 * i * kStepBytes, low_codes(word));
+      store_signed(tile + (2 * i + 1) * kStepBytes, high_codes(word));
+    }
+  }
+}
+
+/// acc [32, 32] = (add ? acc : 0) + x [32, columns] * w [columns, 32], all in tiles; of x the
+/// second sixteen rows, if there are any, are x_next further.
 template <bool kSecond>
-QUAROT_INLINE void accumulate_tiles(int32_t* acc, const int8_t* x, int64_t x_stride,
-                                    const uint8_t* w, int64_t columns, bool add) {
-  int32_t* below = acc + kTileRows * kLanes;
-  constexpr int64_t kNext = kBlockRows * kLanes;
+QUAROT_INLINE void multiply_tiles(int32_t* acc, const int8_t* x, int64_t x_next, const uint8_t* w,
+                                  int64_t columns, bool add) {
+  constexpr int64_t kStride = kPairChannels * 4;
+  int32_t* below = acc + kTileRows * kPairChannels;
   if (add) {
-    _tile_loadd(0, acc, 64);
-    _tile_loadd(2, acc + kNext, 64);
-    if (kSecond) _tile_loadd(1, below, 64);
-    if (kSecond) _tile_loadd(3, below + kNext, 64);
+    _tile_loadd(0, acc, kStride);
+    _tile_loadd(1, acc + kLanes, kStride);
+    if (kSecond) _tile_loadd(2, below, kStride);
+    if (kSecond) _tile_loadd(3, below + kLanes, kStride);
   } else {
     _tile_zero(0);
-    _tile_zero(2);
-    if (kSecond) _tile_zero(1);
+    _tile_zero(1);
+    if (kSecond) _tile_zero(2);
     if (kSecond) _tile_zero(3);
   }
-  for (int64_t c = 0; c < columns; c += kTileColumns) {
-    _tile_loadd(4, x + c, x_stride);
-    _tile_loadd(6, w + c * kLanes, 64);
-    _tile_dpbsud(0, 4, 6);
-    _tile_loadd(7, w + kUnpackedBytes + c * kLanes, 64);
-    _tile_dpbsud(2, 4, 7);
+  for (int64_t c = 0; c < columns; c += kTileColumns, x += kTile, w += 2 * kTile) {
+    _tile_loadd(4, x, kTileColumns);
+    _tile_loadd(6, w, kStepBytes);
+    _tile_dpbssd(0, 4, 6);
+    _tile_loadd(7, w + kTile, kStepBytes);
+    _tile_dpbssd(1, 4, 7);
     if (kSecond) {
-      _tile_loadd(5, x + kTileRows * x_stride + c, x_stride);
-      _tile_dpbsud(1, 5, 6);
-      _tile_dpbsud(3, 5, 7);
+      _tile_loadd(5, x + x_next, kTileColumns);
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
     }
   }
-  _tile_stored(0, acc, 64);
-  _tile_stored(2, acc + kNext, 64);
-  if (kSecond) _tile_stored(1, below, 64);
-  if (kSecond) _tile_stored(3, below + kNext, 64);
+  _tile_stored(0, acc, kStride);
+  _tile_stored(1, acc + kLanes, kStride);
+  if (kSecond) _tile_stored(2, below, kStride);
+  if (kSecond) _tile_stored(3, below + kLanes, kStride);
 }
 
-void run_tile(const LinearInt4Args& a, const Tile& tile, const int32_t* x_sums, float* scratch) {
-  auto* acc = reinterpret_cast<int32_t*>(scratch);               // [2, kBlockRows, 16]
-  float* y = scratch + 2 * kSumsBytes / 4;                       // the same
-  auto* w = reinterpret_cast<uint8_t*>(y + 2 * kSumsBytes / 4);  // [2, kSegment / 4, 64]
+/// fp32 -> bf16 bits in the upper half of each lane, as f32_to_bf16; what is below is not zero.
+QUAROT_INLINE I32 upper_bf16(const F32& a) {
+  const I32 u = bits(a);
+  return select(equal(a, a), u + i32(0x7fff) + ((u >> 16) & i32(1)), i32(0x7fc00000));
+}
+
+typedef uint16_t U16x32 __attribute__((vector_size(64)));
+/// Each lane's lower half as 16 lanes, then its upper half; and the inverse.
+QUAROT_INLINE U16x32 halves_apart(const U16x32& v) {
+  constexpr U16x32 from = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                           1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+  return __builtin_shuffle(v, from);
+}
+QUAROT_INLINE U16x32 halves_together(const U16x32& v) {
+  constexpr U16x32 from = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return __builtin_shuffle(v, from);
+}
+
+/// `end_plain` for two blocks at once: acc [rows, 32] of signed codes.
+template <bool kResidual>
+void end_plain_pair(const LinearInt4Args& a, const Tile& tile, const int32_t* acc) {
+  const int64_t channel = tile.block * kLanes;
+  const F32 scale0 = load(a.w_scale + channel), scale1 = load(a.w_scale + channel + kLanes);
+  for (int64_t r = tile.row; r < tile.row + tile.rows; ++r, acc += kPairChannels) {
+    const F32 x_scale = f32(a.x_scale[r]);
+    const int64_t at = (r * a.n + channel) * 2;
+    F32 y0 = (to_f32(load(acc)) * x_scale) * scale0;
+    F32 y1 = (to_f32(load(acc + kLanes)) * x_scale) * scale1;
+    if (kResidual) {
+      const U16x32 both =
+          halves_together(load_as<U16x32>(static_cast<const char*>(a.residual) + at));
+      y0 = y0 + bf16_to_f32(load_as<I32>(&both));
+      y1 = y1 + from_bits(load_as<I32>(&both) & i32(-0x10000));
+    }
+    const I32 both = ((upper_bf16(y0) >> 16) & i32(0xffff)) | (upper_bf16(y1) & i32(-0x10000));
+    store_as(static_cast<char*>(a.out) + at, halves_apart(load_as<U16x32>(&both)));
+  }
+}
+
+/// x: all rows in tiles [ceil(m / 16), k / 64].
+void run_tile(const LinearInt4Args& a, const Tile& tile, const int8_t* x, float* scratch) {
+  auto* acc = reinterpret_cast<int32_t*>(scratch);                      // [kTaskRows, 32]
+  float* y = scratch + kTaskRows * kPairChannels;                       // the same
+  auto* w = reinterpret_cast<uint8_t*>(y + kTaskRows * kPairChannels);  // [kTileSegment / 64, 2]
   const int64_t width = a.k / a.groups;
-  for (int64_t b = 0; b < tile.blocks; b += 2) {
-    const int64_t blocks = tile.blocks - b < 2 ? 1 : 2;  // of an odd one the sums are not used
-    for (int64_t begin = 0, end; begin < a.k; begin = end) {
-      const int64_t group = begin / width;
-      const int64_t group_end = (group + 1) * width;
-      end = begin + kSegment < group_end ? begin + kSegment : group_end;
-      for (int64_t i = 0; i < blocks; ++i) {
-        unpack(w + i * kUnpackedBytes,
-               static_cast<const uint8_t*>(a.w) +
-                   ((tile.block + b + i) * a.k + begin) / kColumns * kBlockBytes,
-               end - begin);
+  const bool plain = tile.blocks == 2 && is_plain(a, tile.block) && is_plain(a, tile.block + 1);
+  for (int64_t begin = 0, end; begin < a.k; begin = end) {
+    const int64_t group = begin / width, group_end = (group + 1) * width;
+    // Segments of a group as equal as can be.
+    const int64_t parts = ceil_div(group_end - begin, kTileSegment);
+    const int64_t tiles = (group_end - begin) / kTileColumns;
+    end = begin + ceil_div(tiles, parts) * kTileColumns;
+    for (int64_t i = 0; i < tile.blocks; ++i) {
+      unpack_tiles(w, i,
+                   static_cast<const uint8_t*>(a.w) +
+                       ((tile.block + i) * a.k + begin) / kColumns * kBlockBytes,
+                   end - begin);
+    }
+    before_tiles_read(w);
+    for (int64_t r = 0; r < tile.rows; r += kPairRows) {
+      const int64_t left = tile.rows - r, rows = left < kPairRows ? left : kPairRows;
+      const bool first = begin == group * width, last = end == group_end;
+      // Sums of one segment are done with at once.
+      int32_t* sums = acc + (first && last ? 0 : r * kPairChannels);
+      const int8_t* from = x + (tile.row + r) * a.k + begin * kTileRows;
+      if (rows > kTileRows) {
+        multiply_tiles<true>(sums, from, a.k * kTileRows, w, end - begin, !first);
+      } else {
+        multiply_tiles<false>(sums, from, 0, w, end - begin, !first);
       }
-      for (int64_t r = 0; r < tile.rows; r += 2 * kTileRows) {
-        const int64_t left = tile.rows - r;
-        const int64_t first = left < kTileRows ? left : kTileRows;
-        const int64_t second = left < 2 * kTileRows ? left - first : kTileRows;
-        const TileConfig config(first, second);
-        before_tiles_read(&config);
-        _tile_loadconfig(&config);
-        const int8_t* x = a.x + (tile.row + r) * a.k + begin;
-        if (second > 0) {
-          accumulate_tiles<true>(acc + r * kLanes, x, a.k, w, end - begin, begin > group * width);
-        } else {
-          accumulate_tiles<false>(acc + r * kLanes, x, a.k, w, end - begin, begin > group * width);
-        }
+      if (!last) continue;
+      const Tile part{tile.row + r, rows, tile.block, tile.blocks};
+      if (plain) {
+        a.residual == nullptr ? end_plain_pair<false>(a, part, sums)
+                              : end_plain_pair<true>(a, part, sums);
+        continue;
       }
-      if (end < group_end) continue;
-      for (int64_t i = 0; i < blocks; ++i) {
-        end_group(a, tile, tile.block + b + i, group, acc + i * kSumsBytes / 4,
-                  y + i * kSumsBytes / 4, x_sums);
+      for (int64_t i = 0; i < tile.blocks; ++i) {
+        end_group(a, part, tile.block + i, group, sums + i * kLanes,
+                  y + r * kPairChannels + i * kLanes, kPairChannels, nullptr);
       }
     }
   }
-  _tile_release();
 }
 
-constexpr int64_t kScratchBytes = 4 * kSumsBytes + 2 * kUnpackedBytes;
-bool fits_tiles(const LinearInt4Args& a) { return a.k / a.groups % kTileColumns == 0; }
+constexpr int64_t kTilesScratch =  // floats
+    2 * kTaskRows * kPairChannels + kTileSegment * kPairChannels / 4;
+
+void run_tiles(const LinearInt4Args& a, const Executor& executor) {
+  const Scratch copy(ceil_div(a.m, kTileRows) * kTileRows * a.k / 4);
+  auto* x = reinterpret_cast<int8_t*>(copy.data());
+  parallel_rows(executor, ceil_div(a.m, kTileRows), kTileRows * a.k / 16,
+                [&](int64_t begin, int64_t end) {
+                  for (int64_t i = begin; i < end; ++i) {
+                    copy_rows(x + i * kTileRows * a.k, a, i * kTileRows);
+                  }
+                });
+  int64_t most = kTaskBytes / a.k / kPairRows * kPairRows;
+  most = most < 4 * kPairRows ? 4 * kPairRows : most > kTaskRows ? kTaskRows : most;
+  const int64_t blocks = ceil_div(a.n, kLanes), pairs = ceil_div(blocks, 2);
+  const int64_t work = (a.m < most ? a.m : most) * a.k / 2;
+  parallel_rows(executor, ceil_div(a.m, most) * pairs, work, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(kTilesScratch);
+    const UseTiles tiles;
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t row = t / pairs * most, block = t % pairs * 2;
+      const Tile tile{row, a.m - row < most ? a.m - row : most, block, blocks - block < 2 ? 1 : 2};
+      run_tile(a, tile, x, scratch.data());
+    }
+  });
+}
 
 #endif
 
@@ -449,7 +541,13 @@ void run_rows(const LinearInt4Args& a, const Tile& tile, const int32_t* x_sums, 
       unpack(w, static_cast<const uint8_t*>(a.w) + (block * a.k + begin) / kColumns * kBlockBytes,
              end - begin);
       accumulate<kRows>(sums, x, tile.rows, w, end - begin);
-      if (end == group_end) end_group(a, tile, block, group, sums, y + b * kSumsBytes / 4, x_sums);
+      if (end < group_end) continue;
+      if (is_plain(a, block)) {
+        a.residual == nullptr ? end_plain<false>(a, tile, block, sums, x_sums)
+                              : end_plain<true>(a, tile, block, sums, x_sums);
+      } else {
+        end_group(a, tile, block, group, sums, y + b * kSumsBytes / 4, kLanes, x_sums);
+      }
     }
   }
 }
@@ -463,6 +561,9 @@ constexpr int64_t kRowsScratchBytes =
 
 void linear_int4(const LinearInt4Args& a, const Executor& executor) {
   if (a.m == 0 || a.n == 0) return;
+#if defined(__AMX_INT8__)
+  if (a.m > kPackedRows && fits_tiles(a)) return run_tiles(a, executor);
+#endif
   const Scratch sums(a.m * a.groups);
   auto* x_sums = reinterpret_cast<int32_t*>(sums.data());  // [m, groups]
   const int64_t width = a.k / a.groups;
@@ -472,14 +573,6 @@ void linear_int4(const LinearInt4Args& a, const Executor& executor) {
     }
   });
   if (a.m <= kPackedRows) return run_packed<kPackedRows>(a, x_sums, executor);
-#if defined(__AMX_INT8__)
-  if (fits_tiles(a)) {
-    return for_each_tile(a, kScratchBytes, executor,
-                         [&](const Tile& tile, float* scratch) __attribute__((always_inline)) {
-                           run_tile(a, tile, x_sums, scratch);
-                         });
-  }
-#endif
   for_each_tile(a, kRowsScratchBytes, executor,
                 [&](const Tile& tile, float* scratch)
                     __attribute__((always_inline)) { run_rows(a, tile, x_sums, scratch); });

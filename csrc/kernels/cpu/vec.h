@@ -113,8 +113,14 @@ QUAROT_INLINE NativeF32 to_f32(NativeI32 a) { return __builtin_convertvector(a, 
 QUAROT_INLINE NativeI32 greater(NativeF32 a, NativeF32 b) { return (NativeI32)(a > b); }
 QUAROT_INLINE NativeI32 greater(NativeI32 a, NativeI32 b) { return a > b; }
 QUAROT_INLINE NativeI32 equal(NativeF32 a, NativeF32 b) { return (NativeI32)(a == b); }
+// GCC 12 makes two instructions of these where b is a constant.
+#if defined(__AVX512F__)
+QUAROT_INLINE NativeF32 max(NativeF32 a, NativeF32 b) { return _mm512_maskz_max_ps(0xffff, a, b); }
+QUAROT_INLINE NativeF32 min(NativeF32 a, NativeF32 b) { return _mm512_maskz_min_ps(0xffff, a, b); }
+#else
 QUAROT_INLINE NativeF32 max(NativeF32 a, NativeF32 b) { return a > b ? a : b; }
 QUAROT_INLINE NativeF32 min(NativeF32 a, NativeF32 b) { return a < b ? a : b; }
+#endif
 QUAROT_INLINE NativeI32 max(NativeI32 a, NativeI32 b) { return a > b ? a : b; }
 QUAROT_INLINE NativeI32 min(NativeI32 a, NativeI32 b) { return a < b ? a : b; }
 
@@ -264,12 +270,20 @@ QUAROT_INLINE I32 load_u16(const uint16_t* p) {
 }
 /// Stores the low 8 bits of each lane.
 QUAROT_INLINE void store_i8(int8_t* p, const I32& v) {
+#if defined(__AVX512F__)
+  store_as(p, _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)v));
+#else
   const auto half = __builtin_convertvector(load_as<I32x16>(&v), I16x16);
   store_as(p, __builtin_convertvector(half, I8x16));
+#endif
 }
 /// Stores the low 16 bits of each lane.
 QUAROT_INLINE void store_i16(uint16_t* p, const I32& v) {
+#if defined(__AVX512F__)
+  store_as(p, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v));
+#else
   store_as(p, __builtin_convertvector(load_as<I32x16>(&v), U16x16));
+#endif
 }
 /// Stores the low nibbles of 16 lanes as 8 bytes, the even lane in the low nibble.
 QUAROT_INLINE void store_i4(uint8_t* p, const I32& v) {
@@ -620,8 +634,8 @@ QUAROT_INLINE F32 scale_by_power(const F32& p, const F32& n) {
 /// e^a, within 2 ulp (correct infinities, zeros, NaN and gradual underflow). Cody-Waite reduction
 /// to |r| <= ln(2)/2, then the Taylor series to r^7, whose remainder is below 2^-27.
 QUAROT_INLINE F32 exp(const F32& a) {
-  // Beyond these bounds the result is 0 or infinity anyway. The order of arguments keeps NaN out.
-  const F32 x = min(max(a, f32(-104.0f)), f32(89.0f));
+  // Beyond these bounds the result is 0 or infinity anyway. In this order NaN passes.
+  const F32 x = min(f32(89.0f), max(f32(-104.0f), a));
   const F32 n = fma(x, f32(0x1.715476p+0f), f32(kRound)) - f32(kRound);
   // ln 2 = hi + lo
   const F32 r = fma(n, f32(-0x1.7f7d1cp-20f), fma(n, f32(-0x1.62e4p-1f), x));
@@ -632,7 +646,7 @@ QUAROT_INLINE F32 exp(const F32& a) {
   p = fma(p, r, f32(1.0f / 6.0f));
   p = fma(p, r, f32(0.5f));
   p = fma(p, r * r, r) + f32(1.0f);
-  return select(equal(a, a), scale_by_power(p, n), a);
+  return scale_by_power(p, n);
 }
 
 /// ln a of a positive normal number, within 2 ulp of max(|ln a|, 1): a = 2^k m with m in
