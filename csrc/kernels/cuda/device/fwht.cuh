@@ -33,41 +33,49 @@ __device__ __forceinline__ void butterfly(float& a, float& b) {
   a = sum;
 }
 
-/// Signs of F, one a bit: word [k][m / 32], rows of sign_words(order). F is data: it is read once a
-/// block.
+/// use(signs_at): signs_at(k, m) are the signs of F[k][m] and the next three, the highest bits of
+/// four bytes. F is data.
+template <class Use>
+__device__ __forceinline__ void with_signs(const FwhtPlan& p, const Use& use) {
+  const int q = p.log_sylvester;
+  const auto sylvester = [low = (1 << q) - 1](int k, int m) {
+    const int y = k & low;
+    return (y & 1 ? 0x80008000u : 0) ^ (y & 2 ? 0x80800000u : 0) ^
+           (__popc(y & m) & 1 ? 0x80808080u : 0);
+  };
+  if (p.factor_order == 1) {
+    use(sylvester);
+  } else if (q == 0 && reinterpret_cast<uintptr_t>(p.factor) % 4 == 0) {
+    use([&](int k, int m) {
+      return *reinterpret_cast<const uint32_t*>(p.factor + k * p.factor_order + m);
+    });
+  } else {
+    use([&](int k, int m) {
+      const int8_t* row = p.factor + (k >> q) * p.factor_order;
+      uint32_t signs = sylvester(k, m);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        signs ^= (static_cast<uint32_t>(row[(m + i) >> q]) & 0x80u) << 8 * i;
+      return signs;
+    });
+  }
+}
+
+/// Signs of F, one a bit: word [k][m / 32], rows of sign_words(order). It is read once a block.
 __device__ __forceinline__ void make_bits(const FwhtPlan& p, uint32_t* bits) {
-  const int q = p.log_sylvester, low = (1 << q) - 1, words = sign_words(p.order);
-  const auto fill = [&](auto signs_at) {  // of four neighbours, in the highest bits of four bytes
+  const int words = sign_words(p.order);
+  with_signs(p, [&](auto signs_at) {
     for (int e = threadIdx.x; e < p.order * words; e += blockDim.x) {
-      const int k = p.by_words(e), first = (e - k * words) * 32, y = k & low;
-      const uint32_t small = (y & 1 ? 0x80008000u : 0) ^ (y & 2 ? 0x80800000u : 0);
+      const int k = p.by_words(e), first = (e - k * words) * 32;
       uint32_t word = 0;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int m = first + 4 * i;
-        uint32_t signs = small ^ (__popc(y & m) & 1 ? 0x80808080u : 0);
-        if (m < p.order) signs ^= signs_at(k, m);
-        word |= (signs >> 7 & 0x01010101u) * 0x10204080u >> 28 << 4 * i;
+        if (m < p.order) word |= (signs_at(k, m) >> 7 & 0x01010101u) * 0x10204080u >> 28 << 4 * i;
       }
       bits[e] = word;
     }
-  };
-  if (p.factor_order == 1) {
-    fill([](int, int) { return 0u; });
-  } else if (q == 0 && reinterpret_cast<uintptr_t>(p.factor) % 4 == 0) {
-    fill([&](int k, int m) {
-      return *reinterpret_cast<const uint32_t*>(p.factor + k * p.factor_order + m);
-    });
-  } else {
-    fill([&](int k, int m) {
-      const int8_t* row = p.factor + (k >> q) * p.factor_order;
-      uint32_t signs = 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        signs |= (static_cast<uint32_t>(row[(m + i) >> q]) & 0x80u) << 8 * i;
-      return signs;
-    });
-  }
+  });
 }
 
 /// Bit of F^T's sign table that belongs to word w of the operand A of row tile i; the sign of the

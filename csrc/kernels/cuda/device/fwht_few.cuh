@@ -57,23 +57,32 @@ struct FewShared {
 
 // ---- Steps --------------------------------------------------------------------------------------
 
+/// Bit of F^T's sign table that belongs to word w of the operand A of product i; the sign of the
+/// pair's second number is 16 higher.
+constexpr int few_sign_place(int i, int w) { return 4 * i + w; }
+
 /// Signs of F^T as operands A of two products, one after the other in depth: word
-/// [band][step][lane], places as in make_sign_table.
-__device__ __forceinline__ void make_few_signs(const FewPlan& p, const uint32_t* bits,
-                                               uint32_t* table) {
-  const int words = sign_words(p.order);
-  for (int e = threadIdx.x; e < p.bands * p.steps * kWarp; e += blockDim.x) {
-    const int lane = e % kWarp, tile = e / kWarp, band = p.by_steps(tile);
-    const int m = band * kMmaRows + lane / 4;
-    const int k = (tile - band * p.steps) * kFewDepth + lane % 4 * 2;
-    const auto pair = [&](int i) {
-      const auto rows = [&](int i) {  // bits 0 and 8: the signs of rows m and m + 8
-        return k + i < p.order ? bits[(k + i) * words + m / 32] >> m % 32 & 0x0101u : 0;
-      };
-      return rows(i) | rows(i + 1) << 16;
-    };
-    table[e] = pair(0) | pair(8) << 1 | pair(16) << 2 | pair(24) << 3;
-  }
+/// [band][step][lane]. A thread makes those of four neighbouring rows of F^T at once, a byte each,
+/// and reads each sign of F once.
+__device__ __forceinline__ void make_few_signs(const FewPlan& p, uint32_t* table) {
+  with_signs(p, [&](auto signs_at) {
+    for (int e = threadIdx.x; e < p.bands * p.steps * 8; e += blockDim.x) {
+      const int tile = e >> 1, line = p.by_bands(tile), band = tile - line * p.bands;
+      const int step = line >> 2, pair = line & 3, quad = e & 1;
+      const int m = band * kMmaRows + quad * 4, k = step * kFewDepth + pair * 2;
+      uint32_t even = 0, odd = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int row = m + i % 2 * 8, from = k + i / 2 * 8;
+        if (row >= p.order || from >= p.order) continue;
+        even |= signs_at(from, row) >> (7 - i) & 0x01010101u << i;
+        odd |= signs_at(from + 1, row) >> (7 - i) & 0x01010101u << i;
+      }
+      uint32_t* to = table + (band * p.steps + step) * kWarp + quad * 16 + pair;
+#pragma unroll
+      for (int g = 0; g < 4; ++g) to[4 * g] = __byte_perm(even, odd, g | (4 + g) << 8);
+    }
+  });
 }
 
 /// This block's columns of a row of x, transformed, as three planes.
@@ -111,13 +120,13 @@ __device__ __forceinline__ void make_planes(const FewPlan& p, const Source& sour
 __device__ __forceinline__ void multiply_few(float (&sum)[4], const FewPlan& p,
                                              const uint32_t* signs, uint32_t at) {
   float acc[kFewPlanes][2][4] = {};
-#pragma unroll 1
+#pragma unroll 2
   for (int step = 0; step < p.steps; ++step, signs += kWarp, at += kFewDepth * p.raw_pitch) {
     uint4 a[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const auto word = [&](int w) {
-        return (*signs << (15 - sign_place(i, w)) & 0x80008000u) |
+        return (*signs << (15 - few_sign_place(i, w)) & 0x80008000u) |
                sign_bits<DType::bf16>(1) * 0x10001u;
       };
       a[i] = {word(0), word(1), word(2), word(3)};
@@ -232,10 +241,7 @@ __global__ void __launch_bounds__(kFewThreads, 2)
     for (int at = p.order * p.raw_pitch + threadIdx.x * 16; at < p.plane_bytes;
          at += blockDim.x * 16)
       store_shared(planes + static_cast<uint32_t>(o * p.plane_bytes + at), {});
-  auto* bits = reinterpret_cast<uint32_t*>(shared + p.exchange_at);
-  make_bits(p, bits);
-  __syncthreads();
-  make_few_signs(p, bits, table);
+  make_few_signs(p, table);
   cluster_arrive();
   wait_for_previous_grid();
 
@@ -248,14 +254,16 @@ __global__ void __launch_bounds__(kFewThreads, 2)
     float v[4];
     multiply_few(v, p, table + band * p.steps * kWarp + lane,
                  planes + static_cast<uint32_t>(lane * p.raw_pitch + columns * 2));
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int m = band * kMmaRows + lane / 4 + h * kMmaRows / 2, owner = p.by_block_rows(m);
-      if (m >= p.order) continue;
-      const int line = first_row + m - owner * p.block_rows;
-      const int to = (line * p.width + columns + lane % 4 * 2) * 4;
+    // A lane and its neighbour have the same two rows: one sends the first, one the second.
+    const int h = lane & 1, m = band * kMmaRows + lane / 4 + h * kMmaRows / 2;
+    const float x = __shfl_xor_sync(kAllLanes, h ? v[0] : v[2], 1);
+    const float y = __shfl_xor_sync(kAllLanes, h ? v[1] : v[3], 1);
+    if (m < p.order) {
+      const int owner = p.by_block_rows(m), line = first_row + m - owner * p.block_rows;
+      const int to = (line * p.width + columns + (lane & 2) * 2) * 4;
       store_cluster_async(cluster_address(sent + static_cast<uint32_t>(to), owner),
-                          cluster_address(received, owner), float2{v[2 * h], v[2 * h + 1]});
+                          cluster_address(received, owner),
+                          h ? float4{x, y, v[2], v[3]} : float4{v[0], v[1], x, y});
     }
   }
 

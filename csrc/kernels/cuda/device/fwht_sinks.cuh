@@ -114,25 +114,15 @@ struct QuantizeRows {
   /// all of them, and addresses a constant apart.
   template <int kCodeBits, class R, class GridAt>
   __device__ __forceinline__ void put_codes(const R& result, int64_t first, GridAt grid_at) const {
-    constexpr int kWords = kCodeBits / 4;
-    // u - half in two's complement: the highest bit of u flipped, where u fills its place.
     const int half = 1 << (out.bits - 1);
-    const uint32_t fill = kCodeBits == 8 ? static_cast<uint32_t>(128 - half) * 0x01010101u : 0;
-    const uint32_t flip = kCodeBits == 8 ? 0x80808080u : 0x88888888u;
     char* const to = static_cast<char*>(out.codes) + (first >> (kCodeBits == 8 ? 0 : 1));
 #pragma unroll
     for (int r = 0; r < R::kItems; ++r) {
       if (r >= result.items) continue;
 #pragma unroll
       for (int c = 0; c < R::kParts; ++c) {
-        const Grid grid = grid_at(r, c);
-        uint32_t words[kWords];
-#pragma unroll
-        for (int i = 0; i < kWords; ++i)
-          words[i] = (code_word<kCodeBits, Rounding::fused>(result.v[r][c] + i * (kChunk / kWords),
-                                                            grid, half) +
-                      fill) ^
-                     flip;
+        uint32_t words[kChunk * kCodeBits / 32];
+        make_codes<kCodeBits, Rounding::fused>(words, result.v[r][c], grid_at(r, c), half);
         store_words_once(to + R::offset(r, c) * kCodeBits / 8, 0, words);
       }
     }

@@ -184,27 +184,31 @@ __device__ __forceinline__ void store_words_once(void* to, int64_t run,
   }
 }
 
+/// The codes of kCount values as they are stored; half = 2^(bits - 1).
+template <int kBits, Rounding kRounding, int kCount>
+__device__ __forceinline__ void make_codes(uint32_t (&words)[kCount * kBits / 32],
+                                           const float (&v)[kCount], const Grid& grid, int half) {
+  // u - half in two's complement: the highest bit of u flipped, where u fills its place.
+  const uint32_t fill = kBits == 8 ? static_cast<uint32_t>(128 - half) * 0x01010101u : 0;
+  const uint32_t flip = kBits == 8 ? 0x80808080u : 0x88888888u;
+#pragma unroll
+  for (int i = 0; i < kCount * kBits / 32; ++i)
+    words[i] = (code_word<kBits, kRounding>(v + i * (32 / kBits), grid, half) + fill) ^ flip;
+}
+
 /// Writes the codes of run `run` of kCount elements of all rows; the range was clipped to no less
 /// than kLeastClip.
 template <Rounding kRounding, int kCount>
 __device__ __forceinline__ void store_run_codes(const QuantizedRows& out, int64_t run,
                                                 const float (&v)[kCount], const Grid& grid) {
-  // u - half in two's complement: the highest bit of u flipped, where u fills its place.
   const int half = 1 << (out.bits - 1);
   if (out.packed) {
     uint32_t words[kCount / 8];
-#pragma unroll
-    for (int i = 0; i < kCount / 8; ++i) {
-      words[i] = code_word<4, kRounding>(v + 8 * i, grid, half) ^ 0x88888888u;
-    }
+    make_codes<4, kRounding>(words, v, grid, half);
     store_words_once(out.codes, run, words);
   } else {
-    const uint32_t fill = static_cast<uint32_t>(128 - half) * 0x01010101u;
     uint32_t words[kCount / 4];
-#pragma unroll
-    for (int i = 0; i < kCount / 4; ++i) {
-      words[i] = (code_word<8, kRounding>(v + 4 * i, grid, half) + fill) ^ 0x80808080u;
-    }
+    make_codes<8, kRounding>(words, v, grid, half);
     store_words_once(out.codes, run, words);
   }
 }
