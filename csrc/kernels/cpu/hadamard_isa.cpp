@@ -13,16 +13,13 @@ namespace {
 /// Entries of a row, or more, that are loaded and then transformed by 2^p; a power of two.
 constexpr int64_t kPart = 1024;
 
-/// Scales and rounds elements of a row into the output. Meanwhile the same ones of the next row are
-/// fetched: a factor leaves the memory idle for long.
+/// Scales and rounds elements of a row into the output.
 template <DType kDtype>
 struct PutScaled {
   void* out;
-  int64_t first;     // element of out where the row begins
-  const char* next;  // row of x
+  int64_t first;  // element of out where the row begins
   F32 scale;
   QUAROT_INLINE void operator()(int64_t at, int64_t end, const F32& value) const {
-    __builtin_prefetch(next + at * kBytes<kDtype>, 0, 2);
     store_upto<kDtype>(out, first + at, first + end, value * scale);
   }
 };
@@ -44,10 +41,7 @@ void hadamard_rows(const HadamardArgs& args, const Executor& executor) {
         }
         transform.power(row.data() + part, end - part);
       }
-      const int64_t next = r + 1 < last ? first + args.x.row_stride : first;
-      const PutScaled<kDtype> put{args.out, r * n,
-                                  static_cast<const char*>(args.x.data) + next * kBytes<kDtype>,
-                                  f32(args.matrix.scale)};
+      const PutScaled<kDtype> put{args.out, r * n, f32(args.matrix.scale)};
       if (transform.has_factor()) {
         transform.factor(row.data(), n, 1, put);
       } else {

@@ -324,7 +324,7 @@ class Circulants {
   static constexpr int kSums = 8;
   static constexpr int64_t kFewest = 22;  // rows of a circulant; no kSteps is more
   /// Outputs side by side: enough chains of additions, and what registers there are.
-  static constexpr int kSteps = kRegisterBytes == 64 ? 22 : kRegisterBytes == 32 ? 5 : 3;
+  static constexpr int kSteps = kRegisterBytes == 64 ? 11 : kRegisterBytes == 32 ? 5 : 3;
 
   uint16_t* lists() const { return reinterpret_cast<uint16_t*>(lists_.data()); }
   /// Sums of a kind: the first ones come again at the end.
