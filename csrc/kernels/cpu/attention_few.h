@@ -10,7 +10,11 @@
 //
 // A word or byte of codes is two planes of nibbles: the even and the odd dimensions of 4 bits, or
 // the low and high halves of 8. Zeros are subtracted from the sums: from scores exactly, times the
-// sum of the query; from outputs once at the end, as all dimensions have them in common.
+// sum of the query. From outputs half of the codes' range is, exactly; half - zero is added once at
+// the end, as all dimensions have it in common.
+//
+// Bound by the products: a row takes three steps for 64 codes, which take two more to become
+// nibbles and one to change places. In fp32 a row took four, and the codes eight to be converted.
 #pragma once
 
 #include <cstdint>
@@ -33,11 +37,11 @@ inline constexpr int kDigits = 3;
 inline constexpr int64_t kFourDigits = 16;
 inline constexpr float kLargestDigits = 0x1p22f;
 
-/// x of at most `largest` = kLargestDigits / inverse: bytes 0 to 2 of each lane are the digits, in
-/// [-128, 127], of an integer of base 256.
-QUAROT_INLINE I32 digits(const F32& x, const F32& inverse) {
+/// Integers of at most kLargestDigits: bytes 0 to 2 of each lane become the digits, in [-128, 127],
+/// of base 256.
+QUAROT_INLINE I32 digits(const I32& integer) {
   const I32 half = i32(0x808080);
-  return (rint_i32(x * inverse) + half) ^ half;
+  return (integer + half) ^ half;
 }
 /// The integer whose digits are `low`, `middle` and `high`, where these are sums of digits.
 QUAROT_INLINE F32 from_digits(const F32& low, const F32& middle, const F32& high) {
@@ -51,17 +55,33 @@ struct Group {
   float scale[kLanes];
 };
 
-/// A row of a query: its unit and the sums of its digits, in fp32.
-struct FewQuery {
+/// What belongs to all digits of a row: their unit, and the sum of each digit.
+struct FewRow {
   float unit;
   float sums[kDigits];
 };
+
+/// The same, of a row whose largest number is `largest`; sum: of add_digits.
+QUAROT_INLINE FewRow few_row(float largest, const I32& sum) {
+  F32 sums = to_f32(sum);
+  sums = sums + swap_lanes<8>(sums);
+  sums = sums + swap_lanes<4>(sums);
+  float lane[kLanes];
+  store(lane, sums);
+  // NaN where the largest is not finite.
+  return {largest * (1 / kLargestDigits) + (largest - largest), {lane[0], lane[1], lane[2]}};
+}
+/// sum + the digits of `four`, digit i in the lanes i, i + 4, ...
+QUAROT_INLINE I32 add_digits(const I32& sum, const I32& four) {
+  return sum + dot_widen(dot_step(i32(0), i32(0x01010101), four));
+}
 
 /// Keys and values of kWords words of kBits codes; tiles of kTileKeys.
 template <int kBits, int kWords, int64_t kTileKeys>
 struct Few {
   static constexpr bool kFew = true;
   static constexpr int kPlanes = 2;
+  static constexpr int kHalf = 1 << (kBits - 1);
   static constexpr int64_t kRowBytes = kWords * 4;  // of a key
   static constexpr int64_t kDim = kWords * 32 / kBits;
   static_assert(kWords == 8 || kWords % kLanes == 0);
@@ -79,7 +99,7 @@ struct Few {
   static constexpr int64_t kQueryBytes = kQueryPlanes * kQueryPlane;
 
   /// few [kQueryPlanes, kWords, 4, 4 bytes] and its description  <-  x [kDim].
-  static void arrange(int8_t* few, FewQuery& query, const float* x) {
+  static void arrange(int8_t* few, FewRow& query, const float* x) {
     float planes[kDim];
     I32 largest = i32(0);
     for (int64_t i = 0; i < kDim; i += kLanes) {
@@ -94,17 +114,12 @@ struct Few {
     const float safe = most < kLeast ? kLeast : most;
     I32 sum = i32(0);
     for (int64_t i = 0; i < kDim; i += kLanes) {
-      const I32 four = transpose_bytes(digits(load(planes + i), f32(kLargestDigits / safe)));
-      sum = sum + dot_widen(dot_step(i32(0), i32(0x01010101), four));
+      const I32 integer = rint_i32(load(planes + i) * f32(kLargestDigits / safe));
+      const I32 four = transpose_bytes(digits(integer));
+      sum = add_digits(sum, four);
       store_as(few + i * 4, four);
     }
-    // Lanes 0 to 2 of each four are sums of the digits.
-    F32 sums = to_f32(sum);
-    sums = sums + swap_lanes<8>(sums);
-    sums = sums + swap_lanes<4>(sums);
-    float lane[kLanes];
-    store(lane, sums);
-    query = {safe * (1 / kLargestDigits) + (most - most), {lane[0], lane[1], lane[2]}};
+    query = few_row(safe, sum);
   }
 
   /// words [kWords, 16 keys].
@@ -141,7 +156,7 @@ struct Few {
   /// transposed.
   template <int R>
   static QUAROT_INLINE void scores(float* scores, int64_t stride, const int8_t* few,
-                                   const FewQuery* queries, const int32_t* words,
+                                   const FewRow* queries, const int32_t* words,
                                    const Group& group) {
     I32 total[R][kDigits];
 #pragma GCC unroll 2
@@ -290,31 +305,37 @@ struct Few {
     }
   }
 
-  /// few [kQuads, 4, 4 bytes] <- weights [kTileKeys] times the groups' scales, none negative;
-  /// returns their unit. common [16] <- factor * common + the same times the zeros.
-  static QUAROT_INLINE float arrange_weights(int8_t* few, float* common, float factor,
-                                             const float* weights, const Group* groups) {
+  /// few [kQuads, 4, 4 bytes] and its description  <-  weights [kTileKeys] times the groups'
+  /// scales, none negative. common [16] <- factor * common + the same times half - zero: the
+  /// outputs' codes are less half of their range, so that little cancels in the end.
+  static QUAROT_INLINE void arrange_weights(int8_t* few, FewRow& row, float* common, float factor,
+                                            const float* weights, const Group* groups) {
     F32 scaled[kTileKeys / kLanes];
-    F32 most = f32(kLeast), sum = load(common) * f32(factor);
+    F32 most = f32(kLeast);
 #pragma GCC unroll 4
     for (int64_t i = 0; i < kTileKeys / kLanes; ++i) {
       scaled[i] = load(weights + i * kLanes) * load(groups[i].scale);
       most = max(scaled[i], most);
-      sum = sum + scaled[i] * to_f32(load(groups[i].zero));
     }
-    store(common, sum);
     const float largest = reduce_max(most);
     const F32 inverse = f32(kLargestDigits / largest);
+    I32 sum = i32(0);
+    F32 rest = f32(0);
 #pragma GCC unroll 4
     for (int64_t i = 0; i < kTileKeys / kLanes; ++i) {
-      store_as(few + i * kLanes * 4, transpose_bytes(digits(scaled[i], inverse)));
+      const I32 integer = rint_i32(scaled[i] * inverse);
+      const I32 four = transpose_bytes(digits(integer));
+      sum = add_digits(sum, four);
+      rest = rest + to_f32(integer) * to_f32(i32(kHalf) - load(groups[i].zero));
+      store_as(few + i * kLanes * 4, four);
     }
-    return largest * (1 / kLargestDigits);
+    row = few_row(largest, sum);
+    store(common, load(common) * f32(factor) + rest * f32(row.unit));
   }
 
-  /// out [R, kDim] = factor [R] * out + units [R] * weights [R, kWeightBytes] times the values.
+  /// out [R, kDim] = factor [R] * out + weights [R, kWeightBytes] times the values.
   template <int R>
-  static QUAROT_INLINE void add_values(float* out, const float* factor, const float* units,
+  static QUAROT_INLINE void add_values(float* out, const float* factor, const FewRow* rows,
                                        const int8_t* weights, const int32_t* bytes) {
     for (int64_t v = 0; v < kVectors; ++v) {
       I32 total[R][kDigits];
@@ -332,9 +353,13 @@ struct Few {
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           float* to = out + r * kDim + ((kBits == 4 ? plane * kVectors : 0) + v) * kLanes;
-          const F32 sums =
-              from_digits(to_f32(total[r][0]), to_f32(total[r][1]), to_f32(total[r][2]));
-          store(to, load(to) * f32(factor[r]) + sums * f32(units[r]));
+          F32 less_half[kDigits];
+#pragma GCC unroll 3
+          for (int d = 0; d < kDigits; ++d) {
+            less_half[d] = to_f32(total[r][d]) - f32(kHalf * rows[r].sums[d]);
+          }
+          const F32 sums = from_digits(less_half[0], less_half[1], less_half[2]);
+          store(to, load(to) * f32(factor[r]) + sums * f32(rows[r].unit));
         }
       }
     }
@@ -343,12 +368,12 @@ struct Few {
   /// What a task keeps beside scores and outputs.
   struct State {
     int8_t query[kFewRows * kQueryBytes];
-    FewQuery queries[kFewRows];
+    FewRow queries[kFewRows];
     int32_t words[kWords * kLanes];             // of 16 keys, transposed
     int32_t bytes[kVectors * kQuads * kLanes];  // of a tile of values, interleaved
     int8_t weights[kFewRows * kWeightBytes];
-    float units[kFewRows];            // of the weights
-    float common[kFewRows * kLanes];  // sums of weight * zero, to be subtracted from all outputs
+    FewRow rows[kFewRows];            // of the weights
+    float common[kFewRows * kLanes];  // sums of weight * (half - zero), for all outputs
   };
 
  private:

@@ -336,7 +336,7 @@ void few_scores(const Tile& t, const typename Few::State& few, int64_t first, in
 template <class Few, int R>
 void few_values(const Tile& t, const typename Few::State& few, int64_t row, int64_t rows) {
   for (; rows >= R; row += R, rows -= R) {
-    Few::template add_values<R>(t.v + row * Few::kDim, t.factor + row, few.units + row,
+    Few::template add_values<R>(t.v + row * Few::kDim, t.factor + row, few.rows + row,
                                 few.weights + row * Few::kWeightBytes, few.bytes);
   }
   if constexpr (R > 1) {
@@ -430,9 +430,8 @@ void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t b
     for (int64_t r = 0; r < block.rows; ++r) weigh_row(t, r);
     if constexpr (Few::kFew) {
       for (int64_t r = 0; r < block.rows; ++r) {
-        few.units[r] =
-            Few::arrange_weights(few.weights + r * Few::kWeightBytes, few.common + r * kLanes,
-                                 t.factor[r], t.scores + r * kKeys, values);
+        Few::arrange_weights(few.weights + r * Few::kWeightBytes, few.rows[r],
+                             few.common + r * kLanes, t.factor[r], t.scores + r * kKeys, values);
       }
       few_values<Few, kFewBeside>(t, few, 0, block.rows);
     } else {
@@ -445,7 +444,7 @@ void attend(const AttentionArgs& a, const Block& block, const Tile& t, int64_t b
       float* out = t.out + r * t.dim;
       Few::restore(out, t.v + r * Few::kDim);
       const F32 common = f32(reduce_add(load(few.common + r * kLanes)));
-      for (int64_t i = 0; i < t.dim; i += kLanes) store(out + i, load(out + i) - common);
+      for (int64_t i = 0; i < t.dim; i += kLanes) store(out + i, load(out + i) + common);
     }
   }
 }

@@ -299,17 +299,17 @@ class Circulants {
       for (int64_t first = 0; first < m_; first += kSteps) {
         for (int64_t r = 0; r < 4; ++r, list += m_) {
           F32 total[kSteps];
-#pragma GCC unroll 16
+#pragma GCC unroll 22
           for (int i = 0; i < kSteps; ++i) total[i] = f32(0);
           int64_t d = 0;
           for (; d < plus_[r]; ++d) {
             const float* from = sums_.data() + list[d];
-#pragma GCC unroll 16
+#pragma GCC unroll 22
             for (int i = 0; i < kSteps; ++i) total[i] = total[i] + load(from + i * kLanes);
           }
           for (; d < m_; ++d) {
             const float* from = sums_.data() + list[d];
-#pragma GCC unroll 16
+#pragma GCC unroll 22
             for (int i = 0; i < kSteps; ++i) total[i] = total[i] - load(from + i * kLanes);
           }
           int64_t to = at + (r * m_ + start(first)) * columns;
@@ -322,7 +322,7 @@ class Circulants {
 
  private:
   static constexpr int kSums = 8;
-  static constexpr int64_t kFewest = 16;  // circulants that are worth it
+  static constexpr int64_t kFewest = 22;  // rows of a circulant; no kSteps is more
   /// Outputs side by side: enough chains of additions, and what registers there are.
   static constexpr int kSteps = kRegisterBytes == 64 ? 11 : kRegisterBytes == 32 ? 5 : 3;
 
