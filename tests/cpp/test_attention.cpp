@@ -265,16 +265,51 @@ TEST(attention_shows_nan_only_to_those_who_see_it) {
 TEST(attention_survives_scores_far_apart) {
   // One key towers over the others by more than exp can hold; the running maximum grows tile by
   // tile.
-  Call call({1, 1, 1, 8, {300}}, DType::f32, 8, Mask::none);
-  for (int64_t slot = 0; slot < 300; ++slot) {
-    call.k.scale[slot] = to_f16(0.5f * static_cast<float>(slot));
-    call.k.zero[slot] = 0;
-    for (int64_t i = 0; i < 8; ++i) call.k.codes[slot * 8 + i] = 255;
+  for (const int64_t dim : {8, 64}) {
+    for (const int bits : {4, 8}) {
+      Call call({1, 1, 1, dim, {300}}, DType::f32, bits, Mask::none);
+      for (int64_t slot = 0; slot < 300; ++slot) {
+        call.k.scale[slot] = to_f16((bits == 4 ? 8.0f : 0.5f) * static_cast<float>(slot));
+        call.k.zero[slot] = 0;
+      }
+      std::fill(call.k.codes.data(), call.k.codes.data() + call.k.codes.size(), 255);
+      for (int64_t i = 0; i < dim; ++i) to_bits(DType::f32, call.q.data(), i, 1.0f);
+      for (const cpu::Isa isa : available_isas()) {
+        const std::vector<uint8_t> out = call.run(VARIANT(isa, attention), serial());
+        for (int64_t i = 0; i < dim; ++i) {
+          const double want = call.v.at(299, dim, bits, i);
+          const double got = from_bits(DType::f32, out.data(), i);
+          CHECK(std::abs(got - want) <= 1e-6 * std::abs(want), cpu::isa_name(isa), " dim ", dim,
+                " bits ", bits, " at ", i, ": ", got, " for ", want);
+        }
+      }
+    }
   }
-  for (int64_t i = 0; i < 8; ++i) to_bits(DType::f32, call.q.data(), i, 1.0f);
-  const std::vector<uint8_t> out = call.run(&cpu::attention, serial());
-  for (int64_t i = 0; i < 8; ++i) {
-    CHECK(from_bits(DType::f32, out.data(), i) == static_cast<float>(call.v.at(299, 8, 8, i)));
+}
+
+TEST(attention_of_queries_of_zeros_and_of_no_numbers) {
+  // A query of zeros sees all keys alike; one with an infinity or NaN makes NaN, and of no other.
+  for (const int64_t dim : {8, 64}) {
+    for (const int bits : {4, 8}) {
+      Call call({1, 4, 1, dim, {130}}, DType::f32, bits, Mask::none);
+      for (int64_t i = 0; i < dim; ++i) to_bits(DType::f32, call.q.data(), i, 0.0f);
+      to_bits(DType::f32, call.q.data(), dim + 3, INFINITY);
+      to_bits(DType::f32, call.q.data(), 2 * dim + 5, NAN);
+      for (const cpu::Isa isa : available_isas()) {
+        const std::vector<uint8_t> out = call.run(VARIANT(isa, attention), serial());
+        for (const int64_t head : {0, 3}) {
+          const std::vector<double> want = call.expected(0, 0, head);
+          for (int64_t i = 0; i < dim; ++i) {
+            const double got = from_bits(DType::f32, out.data(), head * dim + i);
+            CHECK(std::abs(got - want[static_cast<size_t>(i)]) <= 1e-5, cpu::isa_name(isa), " dim ",
+                  dim, " bits ", bits, " head ", head, " at ", i, ": ", got);
+          }
+        }
+        for (int64_t i = dim; i < 3 * dim; ++i)
+          CHECK(std::isnan(from_bits(DType::f32, out.data(), i)), cpu::isa_name(isa), " dim ", dim,
+                " bits ", bits, " at ", i);
+      }
+    }
   }
 }
 

@@ -118,13 +118,13 @@ struct Layer {
 
 TEST(linear_int4_equals_its_definition) {
   // Around the blocking: 2, 4, 6 and 12 rows in registers, 128 a block, 16 channels, 128 a chunk,
-  // 1024 columns a segment, 32 a run.
-  const Shape shapes[] = {{1, 1, 32, 1},     {1, 40, 64, 2},     {2, 16, 1056, 1},
-                          {3, 17, 96, 12},   {4, 18, 160, 4},    {5, 33, 576, 1},
-                          {6, 33, 576, 1},   {7, 15, 512, 16},   {13, 16, 96, 4},
-                          {25, 5, 64, 1},    {71, 5, 64, 1},     {73, 130, 1056, 1},
-                          {144, 3, 1536, 3}, {145, 20, 320, 10}, {16, 33, 192, 1},
-                          {31, 48, 2112, 1}, {129, 40, 128, 2}};
+  // 1024 columns a segment, 32 a run; of tiles 32 rows, 512 a task, 32 channels, 512 columns.
+  const Shape shapes[] = {
+      {1, 1, 32, 1},     {1, 40, 64, 2},     {2, 16, 1056, 1},  {3, 17, 96, 12},
+      {4, 18, 160, 4},   {5, 33, 576, 1},    {6, 33, 576, 1},   {7, 15, 512, 16},
+      {13, 16, 96, 4},   {25, 5, 64, 1},     {71, 5, 64, 1},    {73, 130, 1056, 1},
+      {144, 3, 1536, 3}, {145, 20, 320, 10}, {16, 33, 192, 1},  {31, 48, 2112, 1},
+      {129, 40, 128, 2}, {545, 33, 64, 1},   {530, 17, 1152, 2}};
   for (const Shape& shape : shapes) {
     for (const DType dtype : kDTypes) {
       for (const bool extras : {false, true}) {

@@ -14,7 +14,7 @@
 // the end, as all dimensions have it in common.
 //
 // Bound by the products: a row takes three steps for 64 codes, which take two more to become
-// nibbles and one to change places. In fp32 a row took four, and the codes eight to be converted.
+// nibbles and one to change places.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +24,8 @@
 
 namespace quarot::cpu::QUAROT_ISA {
 
-/// Rows up to which this is faster than dequantizing for all rows; the same in every variant,
-/// because the order of additions is its own.
+/// Rows up to which this is used. The same in every variant, because the other way rounds
+/// otherwise; that way, what is dequantized serves more rows.
 inline constexpr int64_t kFewRows = 8;
 /// Rows side by side, with three sums each in registers.
 inline constexpr int kFewBeside = kRegisterBytes == 64 ? 4 : kRegisterBytes == 32 ? 2 : 1;
@@ -377,7 +377,7 @@ struct Few {
   };
 
  private:
-  /// Numbers that are all less count as zero: their inverse would overflow.
+  /// Where all numbers are less, the unit stays that of this one: its inverse would overflow.
   static constexpr float kLeast = 0x1p-100f;
 };
 

@@ -14,7 +14,8 @@
 // (code - zero) * scale is exact in fp32, so dequantizing costs no accuracy. Prefill: tasks are
 // blocks of rows; the bound is the multiply-adds, 2 * rows * keys * head_dim. Decode (one block):
 // tasks are also splits of the keys, each writes its unnormalised result, and a second pass
-// combines them in ascending order; the bound is dequantizing.
+// combines them in ascending order; the bound is dequantizing, or, of few rows, the products of
+// attention_few.h.
 //
 // What a row may not see has the score -inf, hence the weight 0. A key or value whose scale is not
 // finite makes NaN of the rows that see it, and of no other: such a value counts as 0, and NaN is
@@ -37,7 +38,7 @@ constexpr int64_t kRows = kAttentionRows;
 constexpr int64_t kKeys = kAttentionKeys;
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLowest = -0x1.fffffep127f;  // below any score, and finite: kLowest - kLowest is 0
-// Rows in registers, as in linear_int4_isa.cpp.
+// Rows in registers.
 constexpr int kBlock = kRegisterBytes == 16 ? 2 : 6;
 // Vectors of columns in registers: AVX-512 has twice the registers, and needs as many sums.
 constexpr int kColumns = kRegisterBytes == 64 ? 2 : 1;

@@ -17,8 +17,9 @@
 //
 // The bound is the multiplier: 64 multiply-adds a vpdpbusd. The variant amx has a multiplier of 16
 // x 16 x 64 (tdpbssd), to which the unpacked weights are a tile as they are. Rows of k bytes are
-// not, to the caches: x is copied first, tile by tile. A task is two blocks of channels and up to
-// 512 rows, 32 at a time, 4 tiles of sums, which are scaled while they are in the L1.
+// not, to the caches: all of x is copied first, tile by tile, which takes m * k bytes. A task is
+// two blocks of channels and up to 512 rows, 32 at a time, 4 tiles of sums, which are scaled while
+// they are in the L1.
 //
 // Sums are exact and each output is scaled by itself, so the blocking never shows in a result.
 // Above 300 lines: both directions of the layout stand beside the loops that read it.
@@ -261,28 +262,6 @@ struct Tile {
   int64_t row, rows, block, blocks;  // of 16 channels
 };
 
-/// Calls task(tile, scratch) for tiles that cover the output; `scratch_bytes` are a thread's.
-template <class Task>
-QUAROT_INLINE void for_each_tile(const LinearInt4Args& a, int64_t scratch_bytes,
-                                 const Executor& executor, const Task& task) {
-  const int64_t row_blocks = ceil_div(a.m, kBlockRows);
-  const int64_t blocks = ceil_div(a.n, kLanes);
-  // At least four tasks a thread where there are blocks enough, so that the threads end together.
-  int64_t chunk = row_blocks * blocks / (4 * executor.threads);
-  chunk = chunk < 1 ? 1 : chunk > kChunkBlocks ? kChunkBlocks : chunk;
-  const int64_t tasks = ceil_div(blocks, chunk) * row_blocks;
-  const int64_t work = ceil_div(a.m, row_blocks) * chunk * a.k / 4;
-  // Consecutive tasks share their weights: those are read from memory once.
-  parallel_rows(executor, tasks, work, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(scratch_bytes / 4);
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t row = t % row_blocks * kBlockRows, block = t / row_blocks * chunk;
-      const int64_t rows = a.m - row < kBlockRows ? a.m - row : kBlockRows;
-      task(Tile{row, rows, block, blocks - block < chunk ? blocks - block : chunk}, scratch.data());
-    }
-  });
-}
-
 /// Whether `end_plain` does what `end_group` would for a block of 16 channels.
 bool is_plain(const LinearInt4Args& a, int64_t block) {
   return a.groups == 1 && a.x_zero == nullptr && a.bias == nullptr && a.n >= (block + 1) * kLanes &&
@@ -325,15 +304,17 @@ constexpr int64_t kUnpackedBytes = kSegment * kLanes;
 
 #if defined(__AMX_INT8__)
 
-constexpr int64_t kTileColumns = 64;
+constexpr int64_t kTileColumns = kTileBytes;
 constexpr int64_t kTile = kTileRows * kTileColumns;  // bytes
 constexpr int64_t kPairRows = 2 * kTileRows;         // of the sums: two by two tiles
 constexpr int64_t kPairChannels = 2 * kLanes;
 /// The segment's weights and 32 rows of it are 16 KB each: they share the L1.
 constexpr int64_t kTileSegment = 512;
-/// A task's rows, at most: they stay in the L2 while the tasks beside it read them.
-constexpr int64_t kTaskRows = 512;
+/// A task's rows stay in the L2 while the tasks beside it read them; at least so many, as the
+/// weights are unpacked once a task.
 constexpr int64_t kTaskBytes = int64_t{1} << 20;
+constexpr int64_t kLeastTaskRows = 128;
+constexpr int64_t kTaskRows = 512;  // at most
 
 bool fits_tiles(const LinearInt4Args& a) { return a.k / a.groups % kTileColumns == 0; }
 
@@ -401,12 +382,6 @@ QUAROT_INLINE void multiply_tiles(int32_t* acc, const int8_t* x, int64_t x_next,
   _tile_stored(1, acc + kLanes, kStride);
   if (kSecond) _tile_stored(2, below, kStride);
   if (kSecond) _tile_stored(3, below + kLanes, kStride);
-}
-
-/// fp32 -> bf16 bits in the upper half of each lane, as f32_to_bf16; what is below is not zero.
-QUAROT_INLINE I32 upper_bf16(const F32& a) {
-  const I32 u = bits(a);
-  return select(equal(a, a), u + i32(0x7fff) + ((u >> 16) & i32(1)), i32(0x7fc00000));
 }
 
 typedef uint16_t U16x32 __attribute__((vector_size(64)));
@@ -502,7 +477,7 @@ void run_tiles(const LinearInt4Args& a, const Executor& executor) {
                   }
                 });
   int64_t most = kTaskBytes / a.k / kPairRows * kPairRows;
-  most = most < 4 * kPairRows ? 4 * kPairRows : most > kTaskRows ? kTaskRows : most;
+  most = most < kLeastTaskRows ? kLeastTaskRows : most > kTaskRows ? kTaskRows : most;
   const int64_t blocks = ceil_div(a.n, kLanes), pairs = ceil_div(blocks, 2);
   const int64_t work = (a.m < most ? a.m : most) * a.k / 2;
   parallel_rows(executor, ceil_div(a.m, most) * pairs, work, [&](int64_t begin, int64_t end) {
@@ -552,8 +527,28 @@ void run_rows(const LinearInt4Args& a, const Tile& tile, const int32_t* x_sums, 
   }
 }
 
-constexpr int64_t kRowsScratchBytes =
-    2 * kChunkBlocks * kSumsBytes + kUnpackedBytes + kBlockRows * kRowStride;
+constexpr int64_t kRowsScratch =  // floats
+    (2 * kChunkBlocks * kSumsBytes + kUnpackedBytes + kBlockRows * kRowStride) / 4;
+
+void run_row_blocks(const LinearInt4Args& a, const int32_t* x_sums, const Executor& executor) {
+  const int64_t row_blocks = ceil_div(a.m, kBlockRows);
+  const int64_t blocks = ceil_div(a.n, kLanes);
+  // At least four tasks a thread where there are blocks enough, so that the threads end together.
+  int64_t chunk = row_blocks * blocks / (4 * executor.threads);
+  chunk = chunk < 1 ? 1 : chunk > kChunkBlocks ? kChunkBlocks : chunk;
+  const int64_t tasks = ceil_div(blocks, chunk) * row_blocks;
+  const int64_t work = ceil_div(a.m, row_blocks) * chunk * a.k / 4;
+  // Consecutive tasks share their weights: those are read from memory once.
+  parallel_rows(executor, tasks, work, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(kRowsScratch);
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t row = t % row_blocks * kBlockRows, block = t / row_blocks * chunk;
+      const int64_t rows = a.m - row < kBlockRows ? a.m - row : kBlockRows;
+      const Tile tile{row, rows, block, blocks - block < chunk ? blocks - block : chunk};
+      run_rows(a, tile, x_sums, scratch.data());
+    }
+  });
+}
 
 }  // namespace
 
@@ -573,16 +568,14 @@ void linear_int4(const LinearInt4Args& a, const Executor& executor) {
     }
   });
   if (a.m <= kPackedRows) return run_packed<kPackedRows>(a, x_sums, executor);
-  for_each_tile(a, kRowsScratchBytes, executor,
-                [&](const Tile& tile, float* scratch)
-                    __attribute__((always_inline)) { run_rows(a, tile, x_sums, scratch); });
+  run_row_blocks(a, x_sums, executor);
 }
 
 // Both directions move the nibbles of a 32-bit word; canonical: nibble c holds column c. Ours:
 // nibble 2b column b, nibble 2b + 1 column 4 + b, with the sign bit flipped, which adds 8.
 
 /// Nibbles 0 1 2 3 4 5 6 7 of the result are nibbles 0 4 1 5 2 6 3 7 of the word.
-QUAROT_INLINE uint32_t interleave(uint32_t word) {
+QUAROT_INLINE uint32_t interleave_nibbles(uint32_t word) {
   uint64_t x = (word & 0xffffu) | static_cast<uint64_t>(word >> 16) << 32;  // two halves, ...
   x = (x | x << 8) & 0x00ff00ff00ff00ffu;                                   // each spread, ...
   x = (x | x << 4) & 0x0f0f0f0f0f0f0f0fu;
@@ -608,7 +601,7 @@ void prepack_int4(uint8_t* dst, const uint8_t* src, int64_t n, int64_t k,
           const int64_t channel = block * kLanes + c;
           if (channel < n)
             __builtin_memcpy(&word, src + (channel * words + i) * kLinearInt4WordBytes, 4);
-          word = interleave(word ^ kSigns);
+          word = interleave_nibbles(word ^ kSigns);
           __builtin_memcpy(dst + (block * words + i) * kBlockBytes + c * kLinearInt4WordBytes,
                            &word, 4);
         }

@@ -3,9 +3,9 @@
 //
 // A row holds n / (size * inner) blocks, a block is [K][2^p][inner]: out = row * (I (x) H_K (x)
 // H_2^p (x) I_inner), unscaled. First 2^p: log2 butterfly stages with strides inner, 2*inner, ...;
-// strides below 16 inside the registers. Then the factor: K * (K / 4 + 5) additions for each of the
-// 2^p * inner columns. So n * (p + K / 4 + 5) additions a row; the order of additions is fixed by
-// the stages, not by the vector width.
+// strides below 16 inside the registers. Then the factor: at most K * (K / 4 + 5) additions for
+// each of the 2^p * inner columns. So n * (p + K / 4 + 5) additions a row; the order of additions
+// is fixed by the stages, not by the vector width.
 #pragma once
 
 #include <cstdint>
@@ -88,7 +88,7 @@ inline void butterfly_two_stages(float* x, int64_t count, int64_t stride) {
 
 inline constexpr int64_t kGroupRows = 4;
 inline constexpr int64_t kGroupSums = 1 << kGroupRows;
-/// Factors up to this order make half of the sums.
+/// Factors up to this order make half of the sums; measured.
 inline constexpr int64_t kMostHalfOrder = 64;
 /// Vectors of columns side by side, which share the choice of a sum; other registers are too few.
 inline constexpr int kBeside = kRegisterBytes == 64 ? 2 : 1;
@@ -266,7 +266,7 @@ class Circulants {
 
   Circulants(const int8_t* signs, int64_t order)
       : m_(order / 4),
-        lists_(order == 0 ? 0 : ceil_div(m_, kSteps) * order / 2 + 4),
+        lists_(order == 0 ? 0 : ceil_div(m_, kSteps) * order / 2),
         sums_(order == 0 ? 0 : kSums * rows() * kLanes) {
     uint16_t* list = lists();
     for (int64_t first = 0; first < m_; first += kSteps) {
@@ -299,21 +299,21 @@ class Circulants {
       for (int64_t first = 0; first < m_; first += kSteps) {
         for (int64_t r = 0; r < 4; ++r, list += m_) {
           F32 total[kSteps];
-#pragma GCC unroll 22
+#pragma GCC unroll 11
           for (int i = 0; i < kSteps; ++i) total[i] = f32(0);
           int64_t d = 0;
           for (; d < plus_[r]; ++d) {
             const float* from = sums_.data() + list[d];
-#pragma GCC unroll 22
+#pragma GCC unroll 11
             for (int i = 0; i < kSteps; ++i) total[i] = total[i] + load(from + i * kLanes);
           }
           for (; d < m_; ++d) {
             const float* from = sums_.data() + list[d];
-#pragma GCC unroll 22
+#pragma GCC unroll 11
             for (int i = 0; i < kSteps; ++i) total[i] = total[i] - load(from + i * kLanes);
           }
           int64_t to = at + (r * m_ + start(first)) * columns;
-#pragma GCC unroll 16
+#pragma GCC unroll 11
           for (int i = 0; i < kSteps; ++i, to += columns) put(to + c, to + columns, total[i]);
         }
       }
@@ -322,9 +322,12 @@ class Circulants {
 
  private:
   static constexpr int kSums = 8;
-  static constexpr int64_t kFewest = 22;  // rows of a circulant; no kSteps is more
-  /// Outputs side by side: enough chains of additions, and what registers there are.
+  /// Outputs side by side: enough chains of additions, and below AVX-512 what the registers hold.
   static constexpr int kSteps = kRegisterBytes == 64 ? 11 : kRegisterBytes == 32 ? 5 : 3;
+  /// Rows of a circulant (Williamson's have 39 and 43). The same in every variant, as the order of
+  /// additions depends on it.
+  static constexpr int64_t kFewest = 22;
+  static_assert(kSteps <= kFewest);
 
   uint16_t* lists() const { return reinterpret_cast<uint16_t*>(lists_.data()); }
   /// Sums of a kind: the first ones come again at the end.

@@ -113,7 +113,8 @@ QUAROT_INLINE NativeF32 to_f32(NativeI32 a) { return __builtin_convertvector(a, 
 QUAROT_INLINE NativeI32 greater(NativeF32 a, NativeF32 b) { return (NativeI32)(a > b); }
 QUAROT_INLINE NativeI32 greater(NativeI32 a, NativeI32 b) { return a > b; }
 QUAROT_INLINE NativeI32 equal(NativeF32 a, NativeF32 b) { return (NativeI32)(a == b); }
-// GCC 12 makes two instructions of these where b is a constant.
+// The second forms, which GCC 12 makes two AVX-512 instructions of where b is a constant, say what
+// the first do with NaN: b. maskz: as in `load` below.
 #if defined(__AVX512F__)
 QUAROT_INLINE NativeF32 max(NativeF32 a, NativeF32 b) { return _mm512_maskz_max_ps(0xffff, a, b); }
 QUAROT_INLINE NativeF32 min(NativeF32 a, NativeF32 b) { return _mm512_maskz_min_ps(0xffff, a, b); }
@@ -311,12 +312,14 @@ QUAROT_INLINE I32 load_i4(const uint8_t* p) { return (load_u4(p) ^ i32(8)) - i32
 /// bf16 bits in the low half of each lane -> fp32, exact.
 QUAROT_INLINE F32 bf16_to_f32(const I32& h) { return from_bits(h << 16); }
 
-/// fp32 -> bf16 bits, to nearest even; NaN becomes 0x7fc0.
-QUAROT_INLINE I32 f32_to_bf16(const F32& a) {
+/// fp32 -> bf16 bits in the upper half of each lane, to nearest even; NaN becomes 0x7fc0. What is
+/// below is not zero.
+QUAROT_INLINE I32 upper_bf16(const F32& a) {
   const I32 u = bits(a);
-  const I32 rounded = (u + i32(0x7fff) + ((u >> 16) & i32(1))) >> 16;
-  return select(equal(a, a), rounded, i32(0x7fc0));
+  return select(equal(a, a), u + i32(0x7fff) + ((u >> 16) & i32(1)), i32(0x7fc00000));
 }
+/// The same in the lower half, signed: what is above is no part of it.
+QUAROT_INLINE I32 f32_to_bf16(const F32& a) { return upper_bf16(a) >> 16; }
 
 /// fp16 bits in the low half of each lane -> fp32, exact (subnormals and infinities too).
 QUAROT_INLINE F32 f16_to_f32(const I32& h) {

@@ -61,7 +61,7 @@ __device__ __forceinline__ void with_signs(const FwhtPlan& p, const Use& use) {
   }
 }
 
-/// Signs of F, one a bit: word [k][m / 32], rows of sign_words(order). It is read once a block.
+/// Signs of F, one a bit: word [k][m / 32], rows of sign_words(order). F is read once a block.
 __device__ __forceinline__ void make_bits(const FwhtPlan& p, uint32_t* bits) {
   const int words = sign_words(p.order);
   with_signs(p, [&](auto signs_at) {

@@ -63,8 +63,10 @@ constexpr int few_sign_place(int i, int w) { return 4 * i + w; }
 
 /// Signs of F^T as operands A of two products, one after the other in depth: word
 /// [band][step][lane]. A thread makes those of four neighbouring rows of F^T at once, a byte each,
-/// and reads each sign of F once.
+/// and reads each sign of F once. The order is even, so that pairs end together; of what is made of
+/// the bytes, multiply_few looks at no bits but those of few_sign_place.
 __device__ __forceinline__ void make_few_signs(const FewPlan& p, uint32_t* table) {
+  static_assert(kMmaRows == 16 && kFewDepth == 32);
   with_signs(p, [&](auto signs_at) {
     for (int e = threadIdx.x; e < p.bands * p.steps * 8; e += blockDim.x) {
       const int tile = e >> 1, line = p.by_bands(tile), band = tile - line * p.bands;
