@@ -22,8 +22,8 @@ def swap_class(module: Any, make: Make, *args: Any) -> None:
             which transformers goes by, and derives from it.
         args: hashable.
     """
-    kind: Any = type(module)
-    module.__class__ = _made(make, kind, args)
+    kind, swaps = vars(type(module)).get("_swaps", (type(module), ()))
+    module.__class__ = _made(kind, (*swaps, (make, args)))
 
 
 def mixed(kind: type, mixin: type) -> type:
@@ -32,19 +32,22 @@ def mixed(kind: type, mixin: type) -> type:
 
 
 @functools.cache
-def _made(make: Make, kind: type, args: tuple[Any, ...]) -> Any:
-    made: Any = make(kind, *args)
+def _made(kind: type, swaps: tuple[tuple[Make, tuple[Any, ...]], ...]) -> Any:
+    """Return the class of a module of class `kind` after all its swaps."""
+    make, args = swaps[-1]
+    made: Any = make(_made(kind, swaps[:-1]) if swaps[:-1] else kind, *args)
 
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
         reduced = super(made, self).__reduce_ex__(protocol)
         if type(self) is not made:  # of a class derived from it, which is another's to find
             return reduced
-        return (_new, (make, kind, args), *reduced[2:])
+        return (_new, (kind, swaps), *reduced[2:])
 
+    made._swaps = kind, swaps
     made.__reduce_ex__ = reduce
     return made
 
 
-def _new(make: Make, kind: type, args: tuple[Any, ...]) -> Any:
-    made = _made(make, kind, args)
+def _new(kind: type, swaps: tuple[tuple[Make, tuple[Any, ...]], ...]) -> Any:
+    made = _made(kind, swaps)
     return made.__new__(made)
