@@ -1,9 +1,9 @@
 // Attention of few query rows (decode) to keys and values as integers, straight from their codes.
 // Only for attention_isa.cpp.
 //
-// A row of numbers becomes integers of three signed bytes, the largest 2^22 (as exact as sums in
-// fp32): the query once, the weights of a tile each time. What is summed then are products of bytes
-// and nibbles, four in a lane and exact (dot.h), so in any order:
+// A row of numbers becomes integers of three signed bytes, the largest just below 2^23 (as exact as
+// sums in fp32): the query once, the weights of a tile each time. What is summed then are products
+// of bytes and nibbles, four in a lane and exact (dot.h), so in any order:
 //
 //   scores  lanes are 16 keys; a step takes a 32-bit word of each, transposed in registers
 //   values  lanes are dimensions; a step takes the bytes of four keys, interleaved in registers
@@ -35,8 +35,15 @@ inline constexpr int kFewBeside = kRegisterBytes == 64 ? 4 : kRegisterBytes == 3
 inline constexpr int kDigits = 3;
 /// Bytes of four numbers: one word of each digit and one more.
 inline constexpr int64_t kFourDigits = 16;
-inline constexpr float kLargestDigits = 0x1p22f;
+inline constexpr float kLargestDigits = 0x7f0000;
 
+/// The nearest integer, ties to even, of |a| < 2^23: twice what rint_i32 can do.
+QUAROT_INLINE I32 to_integer(const F32& a) {
+  const I32 sign = bits(a) >> 31;
+  const I32 magnitude =
+      bits(from_bits(bits(a) & i32(0x7fffffff)) + f32(0x1p23f)) - bits(f32(0x1p23f));
+  return (magnitude ^ sign) - sign;
+}
 /// Integers of at most kLargestDigits: bytes 0 to 2 of each lane become the digits, in [-128, 127],
 /// of base 256.
 QUAROT_INLINE I32 digits(const I32& integer) {
@@ -114,7 +121,7 @@ struct Few {
     const float safe = most < kLeast ? kLeast : most;
     I32 sum = i32(0);
     for (int64_t i = 0; i < kDim; i += kLanes) {
-      const I32 integer = rint_i32(load(planes + i) * f32(kLargestDigits / safe));
+      const I32 integer = to_integer(load(planes + i) * f32(kLargestDigits / safe));
       const I32 four = transpose_bytes(digits(integer));
       sum = add_digits(sum, four);
       store_as(few + i * 4, four);
@@ -323,7 +330,7 @@ struct Few {
     F32 rest = f32(0);
 #pragma GCC unroll 4
     for (int64_t i = 0; i < kTileKeys / kLanes; ++i) {
-      const I32 integer = rint_i32(scaled[i] * inverse);
+      const I32 integer = to_integer(scaled[i] * inverse);
       const I32 four = transpose_bytes(digits(integer));
       sum = add_digits(sum, four);
       rest = rest + to_f32(integer) * to_f32(i32(kHalf) - load(groups[i].zero));
