@@ -170,12 +170,7 @@ struct Few {
     for (int plane = 0; plane < kPlanes; ++plane) {
       const int8_t* q = few + (kQueryPlanes == 2 ? plane * kQueryPlane : 0);
       I32 sum[R][kDigits];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 3
-        for (int d = 0; d < kDigits; ++d) sum[r][d] = i32(0);
-      }
-      add_dots<R, kWords>(sum, plane, words, q, kQueryBytes);
+      dots<R, kWords>(sum, plane, words, q, kQueryBytes);
       add_plane<R>(total, sum, plane);
     }
     const F32 zero = to_f32(load(group.zero)), scale = load(group.scale);
@@ -192,12 +187,17 @@ struct Few {
     }
   }
 
-  /// sum [R, digits] += nibbles of `count` vectors times the fours at `fours`, whose rows are
+  /// sum [R, digits]  <-  nibbles of kCount vectors times the fours at `fours`, whose rows are
   /// row_bytes apart.
   template <int R, int64_t kCount>
-  static QUAROT_INLINE void add_dots(I32 (&sum)[R][kDigits], int plane, const int32_t* vectors,
-                                     const int8_t* fours, int64_t row_bytes) {
+  static QUAROT_INLINE void dots(I32 (&sum)[R][kDigits], int plane, const int32_t* vectors,
+                                 const int8_t* fours, int64_t row_bytes) {
     static_assert(kCount % kDotRun == 0);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 3
+      for (int d = 0; d < kDigits; ++d) sum[r][d] = i32(0);
+    }
     for (int64_t first = 0; first < kCount; first += kDotRun) {
       I32 part[R][kDigits];
 #pragma GCC unroll 4
@@ -349,12 +349,7 @@ struct Few {
 #pragma GCC unroll 2
       for (int plane = 0; plane < kPlanes; ++plane) {
         I32 sum[R][kDigits];
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 3
-          for (int d = 0; d < kDigits; ++d) sum[r][d] = i32(0);
-        }
-        add_dots<R, kQuads>(sum, plane, bytes + v * kQuads * kLanes, weights, kWeightBytes);
+        dots<R, kQuads>(sum, plane, bytes + v * kQuads * kLanes, weights, kWeightBytes);
         add_plane<R>(total, sum, kBits == 4 ? 0 : plane);
         if (kBits == 8 && plane == 0) continue;
 #pragma GCC unroll 4

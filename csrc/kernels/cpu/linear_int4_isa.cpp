@@ -413,7 +413,7 @@ void end_plain_pair(const LinearInt4Args& a, const Tile& tile, const int32_t* ac
       y0 = y0 + bf16_to_f32(load_as<I32>(&both));
       y1 = y1 + from_bits(load_as<I32>(&both) & i32(-0x10000));
     }
-    const I32 both = ((upper_bf16(y0) >> 16) & i32(0xffff)) | (upper_bf16(y1) & i32(-0x10000));
+    const I32 both = (f32_to_bf16(y0) & i32(0xffff)) | (upper_bf16(y1) & i32(-0x10000));
     store_as(static_cast<char*>(a.out) + at, halves_apart(load_as<U16x32>(&both)));
   }
 }

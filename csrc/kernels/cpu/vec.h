@@ -443,29 +443,6 @@ QUAROT_INLINE Pair<Half> swap_lanes(const Pair<Half>& v) {
   }
 }
 
-/// Lanes with i & kStride from b, the others from a.
-template <int kStride>
-QUAROT_INLINE NativeF32 mix_lanes(const NativeF32& a, const NativeF32& b) {
-  NativeI32 from_b;  // a constant to the optimiser
-  for (int i = 0; i < kRegisterBytes / 4; ++i) from_b[i] = (i & kStride) != 0 ? -1 : 0;
-  return from_b ? b : a;
-}
-template <int kStride, class Half>
-QUAROT_INLINE Pair<Half> mix_lanes(const Pair<Half>& a, const Pair<Half>& b) {
-  if constexpr (kStride * 4 == sizeof(Half)) {
-    return {a.lo, b.hi};
-  } else {
-    return {mix_lanes<kStride>(a.lo, b.lo), mix_lanes<kStride>(a.hi, b.hi)};
-  }
-}
-
-/// Sums of the pairs of lanes i, i ^ kStride: of a's in the lanes without i & kStride, of b's in
-/// the others.
-template <int kStride>
-QUAROT_INLINE F32 add_pairs(const F32& a, const F32& b) {
-  return mix_lanes<kStride>(a, b) + swap_lanes<kStride>(mix_lanes<kStride>(b, a));
-}
-
 /// One step of a transposition: a's lanes with i & kStride change places with b's without.
 template <int kStride>
 QUAROT_INLINE void exchange(NativeI32& a, NativeI32& b) {
@@ -567,19 +544,6 @@ QUAROT_INLINE void load_halves(NativeI32& v, const void* p, const void* q) {
                                           load_as<__m256i>(q), 1);
 }
 #endif
-
-// ---- Codes ----
-
-/// The low nibbles of the lanes, less 8.
-QUAROT_INLINE F32 centred_nibbles(const I32& v) {
-#if defined(__AVX512F__)
-  constexpr NativeF32 values = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-  // maskz: as in `load` above. Of an index only the low four bits count.
-  return _mm512_maskz_permutexvar_ps(0xffff, (__m512i)v, values);
-#else
-  return to_f32((v & i32(15)) - i32(8));
-#endif
-}
 
 // ---- Reductions over the lanes, in one fixed order: halves, quarters, ... ----
 
