@@ -102,7 +102,7 @@ def test_layouts(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 28), (5, 36), (3, 576)])
+@pytest.mark.parametrize("shape", [(1, 28), (5, 36), (3, 64), (3, 576), (37, 2048)])
 def test_reads_and_writes_only_its_own(device, dtype, shape):
     x, check = poisoned(torch.randn(shape).to(device, dtype))
     assert ops.hadamard(x).isfinite().all()

@@ -437,6 +437,29 @@ def test_fused_huge_rows(device, n):
 
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("n", [1 << p for p in range(9, 16)])
+@pytest.mark.parametrize("group", [0, 64, 128])
+def test_fused_transforms_of_powers_of_two(device, n, group):
+    """More than few rows of fp32 values: butterflies alone."""
+    both = torch.randn(37, 2 * n + 16)[:, : 2 * n]
+    for op, x, *arguments in (
+        ("hadamard_quantize", both[:, :n], n),
+        ("glu_hadamard_quantize", both, "silu", n),
+        ("glu_hadamard_quantize", both.bfloat16(), "silu", n),
+    ):
+        for symmetric in (True, False):
+            codes = []
+            for module, there in ((ops, x.to(device)), (reference, x)):
+                q, scale, zero = getattr(module, op)(
+                    there, *arguments, group=group, symmetric=symmetric
+                )
+                if zero is not None:  # codes move with it
+                    q = q.int() - zero.view(37, -1).repeat_interleave(group or n, 1)
+                codes.append((q, scale))
+            assert_codes_agree(*codes)
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("n", [1536, 4096, 5120, 8192, 11008, 13824, 14336, 28672, 32768])
 def test_fused_transforms_of_few_rows(device, rows, n):

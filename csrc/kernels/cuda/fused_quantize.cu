@@ -1,19 +1,19 @@
 // The fused quantizers on CUDA, head_hadamard_quantize apart (head_quantize.cu): one pass over
 // memory, fp32 up to the code. Maths: kernels/fused_quantize.h and kernels/quantize.h.
 //
-// Layout and parallelisation: with a transform those of device/fwht.cuh, for few rows those of
-// device/fwht_few.cuh; without one those of device/rows.cuh. Blocks that share a scale and rows of
-// more than 32768 columns: device/transform.cuh. What none takes (odd addresses, lengths, groups):
+// Layout and parallelisation: with a transform those of device/rows_transform.cuh's kernels;
+// without one those of device/rows.cuh. Blocks that share a scale and rows of more than 32768
+// columns: device/transform.cuh. What none takes (odd addresses, lengths, groups):
 // device/any_transform.cuh.
 //
 // Bound: memory, each input element read once, each code written once.
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/device/any_transform.cuh"
-#include "kernels/cuda/device/fwht_few.cuh"
 #include "kernels/cuda/device/fwht_sinks.cuh"
 #include "kernels/cuda/device/launch.cuh"
 #include "kernels/cuda/device/rows.cuh"
+#include "kernels/cuda/device/rows_transform.cuh"
 #include "kernels/cuda/device/sinks.cuh"
 #include "kernels/cuda/device/sources.cuh"
 #include "kernels/cuda/device/transform.cuh"

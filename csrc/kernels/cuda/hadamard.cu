@@ -8,7 +8,7 @@
 // it comes back as a pair of columns, and one more butterfly. The rest of g numbers rows. A swap
 // between lanes makes 16 bytes of the result.
 //
-// All others: device/fwht.cuh; what that does not take: device/transform.cuh,
+// All others: device/rows_transform.cuh; what that does not take: device/transform.cuh,
 // device/any_transform.cuh.
 //
 // Bound: memory, each element read and written once.
@@ -18,11 +18,11 @@
 #include <type_traits>
 
 #include "kernels/cuda/device/any_transform.cuh"
-#include "kernels/cuda/device/fwht_few.cuh"
 #include "kernels/cuda/device/fwht_sinks.cuh"
 #include "kernels/cuda/device/launch.cuh"
 #include "kernels/cuda/device/mma.cuh"
 #include "kernels/cuda/device/reduce.cuh"
+#include "kernels/cuda/device/rows_transform.cuh"
 #include "kernels/cuda/device/sinks.cuh"
 #include "kernels/cuda/device/sources.cuh"
 #include "kernels/cuda/device/transform.cuh"
@@ -33,7 +33,8 @@ namespace {
 
 // ---- Short rows ---------------------------------------------------------------------------------
 
-constexpr int kShortThreads = 256;
+constexpr int kShortThreads = 256;    // of a block
+constexpr int kFewShortThreads = 64;  // where the blocks would not be one a multiprocessor
 
 /// Chunks that a lane loads, of one or several rows.
 constexpr int short_loads(int bits) { return bits > 8 ? 1 << (bits - 6) : 4; }
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(kShortThreads)
     sign[w] = sign_bits<kDtype>(1) * 0x10001u | (even & 1) << 15 | ((even ^ w) & 1) << 31;
   }
   const uint4 a{sign[0], sign[1], sign[2], sign[3]};
-  const int64_t first = (int64_t{blockIdx.x} * kShortThreads + threadIdx.x - lane) * kLoads;
+  const int64_t first = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x - lane) * kLoads;
   start_next_grid();
   wait_for_previous_grid();
 
@@ -120,8 +121,10 @@ bool launch_short(const HadamardArgs& a, Stream stream) {
     if (a.x.rows > 1 && a.x.row_stride != n) return false;
     const auto go = [&](auto bits) {
       constexpr int kBits = decltype(bits)::value;
-      launch_early(&short_kernel<kDtype, kBits>,
-                   ceil_div(chunks, kShortThreads * short_loads(kBits)), kShortThreads, 0, stream,
+      const int64_t units = ceil_div(chunks, short_loads(kBits));
+      const bool few = units < int64_t{kShortThreads} * device_limits().processors;
+      const int threads = few ? kFewShortThreads : kShortThreads;
+      launch_early(&short_kernel<kDtype, kBits>, ceil_div(units, threads), threads, 0, stream,
                    a.out, a.x.data, chunks, a.matrix.scale);
       return true;
     };

@@ -31,7 +31,8 @@ constexpr int kFewBlockBits = 3;
 constexpr int kFewPlanes = 3;
 constexpr int kFewThreads = 512;
 constexpr int kFewDepth = 2 * kMmaDepth;  // rows of X in a step of the product
-/// Rows of 16-bit elements, powers of two: fwht_kernel is as fast for more or shorter ones.
+/// Where rows are powers of two the other kernels are as fast for shorter ones, and for more than
+/// kFewRows of 16-bit elements.
 constexpr int kFewRows = 4, kFewLeast = 8192;
 
 struct FewPlan : FwhtPlan {  // whose bands are of 16 rows of F^T here
@@ -302,7 +303,6 @@ inline bool plan_few(FewPlan& p, const FwhtRequest& r) {
   for (int bits = r.log_n; bits >= kFewBlockBits + 3; --bits) {
     if (!plan_matrix(p, r, bits, 1) || p.order < kMmaRows) continue;
     p.steps = static_cast<int>(ceil_div(p.order, kFewDepth));
-    p.by_steps = FastDiv(p.steps);
     p.width_bits = bits - kFewBlockBits;
     p.width = 1 << p.width_bits;
     p.tasks = p.bands * p.width / kMmaColumns;
@@ -323,20 +323,19 @@ inline bool plan_few(FewPlan& p, const FwhtRequest& r) {
   return false;
 }
 
-/// fwht_few_kernel or fwht_kernel; false where neither takes the shape. slots: scales a row, or 0.
+/// Returns false where the shape needs another kernel, or another one is faster.
 template <class Source, class Sink>
-bool launch_rows_transform(const HadamardMatrix& matrix, int64_t rows, int64_t n,
-                           const Source& source, const Sink& sink, int slots, Stream stream) {
+bool launch_fwht_few(const HadamardMatrix& matrix, int64_t rows, int64_t n, const Source& source,
+                     const Sink& sink, int slots, Stream stream) {
   const DeviceLimits device = device_limits();
-  const bool few = rows * kFewBlocks <= device.processors && slots <= 1 &&
-                   (!Operand<Source>::kDirect || matrix.factor_order > 1 ||
-                    (rows <= kFewRows && n >= kFewLeast));
+  if (!device.starts_early || rows * kFewBlocks > device.processors || slots > 1) return false;
+  if (matrix.factor_order == 1 && n < kFewLeast) return false;
+  if (matrix.factor_order == 1 && Operand<Source>::kDirect && rows > kFewRows) return false;
   int log_n = 0;
   FewPlan p{};
-  if (!device.starts_early || !few || !can_transform(matrix, rows, n, log_n) ||
-      !plan_few(p, {matrix, rows, n, false, 1, slots, 0, log_n})) {
-    return launch_fwht(matrix, rows, n, source, sink, slots, stream);
-  }
+  if (!can_transform(matrix, rows, n, log_n) ||
+      !plan_few(p, {matrix, rows, n, false, 1, slots, 0, log_n}))
+    return false;
   launch_clusters(&fwht_few_kernel<Source, Sink>, rows * kFewBlocks, kFewBlocks, p.threads,
                   p.shared_bytes, stream, p, source, sink);
   return true;

@@ -81,6 +81,14 @@ __device__ __forceinline__ uint4 load_shared(uint32_t shared) {
                : "memory");
   return r;
 }
+__device__ __forceinline__ float load_shared_float(uint32_t shared) {
+  float r;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(r) : "r"(shared) : "memory");
+  return r;
+}
+__device__ __forceinline__ void store_shared_float(uint32_t shared, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(shared), "f"(v) : "memory");
+}
 __device__ __forceinline__ void store_shared(uint32_t shared, const uint4& v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)
