@@ -32,7 +32,7 @@ constexpr int kFewPlanes = 3;
 constexpr int kFewThreads = 512;
 constexpr int kFewDepth = 2 * kMmaDepth;  // rows of X in a step of the product
 /// Where rows are powers of two the other kernels are as fast for shorter ones, and for more than
-/// kFewRows of 16-bit elements.
+/// kFewRows of 16-bit elements or of the least length.
 constexpr int kFewRows = 4, kFewLeast = 8192;
 
 struct FewPlan : FwhtPlan {  // whose bands are of 16 rows of F^T here
@@ -330,7 +330,8 @@ bool launch_fwht_few(const HadamardMatrix& matrix, int64_t rows, int64_t n, cons
   const DeviceLimits device = device_limits();
   if (!device.starts_early || rows * kFewBlocks > device.processors || slots > 1) return false;
   if (matrix.factor_order == 1 && n < kFewLeast) return false;
-  if (matrix.factor_order == 1 && Operand<Source>::kDirect && rows > kFewRows) return false;
+  const bool as_fast = Operand<Source>::kDirect || n == kFewLeast;  // the other kernels
+  if (matrix.factor_order == 1 && as_fast && rows > kFewRows) return false;
   int log_n = 0;
   FewPlan p{};
   if (!can_transform(matrix, rows, n, log_n) ||
