@@ -72,15 +72,17 @@ QUAROT_INLINE void quantize_into(const KvCache& cache, int64_t slot, const float
   for (int64_t i = 0; i < n; i += kLanes) {
     const F32 ratios = min(max(load(x + i) * f32(inv), f32(-kBound)), f32(kBound));
     const I32 code = min(max(rint_i32(ratios) + i32(static_cast<int32_t>(zero)), i32(0)), i32(top));
-    uint8_t out[kLanes];
+    uint8_t tail[kLanes];
+    uint8_t* to = codes + i * bits_per_code / 8;
+    uint8_t* out = n - i < kLanes ? tail : to;
     if (bits_per_code == 4) {
       store_i4(out, code);
     } else {
       store_i8(reinterpret_cast<int8_t*>(out), code);
     }
-    const int64_t count = n - i < kLanes ? n - i : kLanes;
-    __builtin_memcpy(codes + i * bits_per_code / 8, out,
-                     static_cast<size_t>(count * bits_per_code / 8));
+    if (out == tail) [[unlikely]] {
+      __builtin_memcpy(to, tail, static_cast<size_t>((n - i) * bits_per_code / 8));
+    }
   }
 }
 

@@ -368,8 +368,8 @@ class Circulants {
 class Transform {
  public:
   explicit Transform(const HadamardMatrix& matrix)
-      : size_(matrix.size),
-        order_(matrix.factor_order),
+      : order_(matrix.factor_order),
+        power_(matrix.size / order_),
         circulant_(Circulants::fit(matrix.factor, order_)),
         circulants_(matrix.factor, circulant_ ? order_ : 0),
         grouped_(order_ > 1 && !circulant_ ? order_ : 0),
@@ -390,14 +390,13 @@ class Transform {
   /// Whether there is a factor to apply after `power`.
   bool has_factor() const { return order_ > 1; }
   /// The entries that are transformed together before the factor.
-  int64_t columns(int64_t inner = 1) const { return size_ / order_ * inner; }
+  int64_t columns(int64_t inner = 1) const { return power_ * inner; }
 
   /// The part of 2^p alone; n is a multiple of columns(inner).
   [[gnu::noinline]] void power(float* x, int64_t n, int64_t inner = 1) const {
-    const int64_t power = size_ / order_;
-    const int64_t columns = power * inner;
+    const int64_t columns = power_ * inner;
     // Block by block, each of which stays in the L1 for all its stages.
-    const int64_t width = inner > 1 ? 1 : power < kLanes ? power : kLanes;
+    const int64_t width = inner > 1 ? 1 : power_ < kLanes ? power_ : kLanes;
     const int64_t stride = inner * width;
     if (width > 1 && columns <= kLanes) {
       for (int64_t i = 0; i < n; i += kLanes) store(x + i, butterflies(load(x + i), width));
@@ -435,8 +434,8 @@ class Transform {
  private:
   uint16_t* choice() const { return reinterpret_cast<uint16_t*>(choices_.data()); }
 
-  int64_t size_;
   int64_t order_;
+  int64_t power_;  // 2^p
   bool circulant_;
   Circulants circulants_;
   int64_t grouped_;  // the order of a factor that is not circulant
