@@ -185,7 +185,7 @@ def attention(bits: int, dim: int, randn: Callable[..., Tensor]) -> Iterator[tup
                 f"attention {bits} {dim} {seq} {longest} {name}",
                 ops.attention(q, *held, lengths, bits=bits, scale=dim**-0.5, **options),
             )
-    # A prompt of bf16 queries: torch's attention, where the processor has tiles.
+    # A prompt of bf16 queries: by tiles, where the processor has them, whatever the variant.
     q = randn(2, 128, heads, dim, dtype=torch.bfloat16)
     lengths = torch.full((2,), 128, dtype=torch.int32)
     cache = random_cache(2, kv_heads, 128, dim, bits, torch.device("cpu"))

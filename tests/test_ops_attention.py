@@ -138,6 +138,22 @@ def test_accuracy(device, bits, dtype, heads, kv_heads, dim, seq):
     assert_close_to(exact, device, q, cache, lengths, bits=bits, scale=dim**-0.5)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("seq", "heads", "kv_heads", "dim"),
+    [(512, 9, 3, 64), (300, 4, 2, 128), (70, 3, 3, 80), (40, 2, 1, 256), (33, 4, 4, 8)],
+)
+def test_accuracy_of_prompts(device, seq, heads, kv_heads, dim, bits):
+    """Against torch's own attention: on a CPU with tiles ours rounds as much, else less."""
+    q = torch.randn(2, seq, heads, dim).to(torch.bfloat16)
+    cache = random_cache(2, kv_heads, seq, dim, bits, CPU)
+    lengths = ints(seq, seq)
+    exact = all_at_once(q, cache, lengths, bits, dim**-0.5)
+    in_torch = torch_attention(q.to(device), cache, lengths.to(device), bits, dim**-0.5)
+    actual = attend(ops, device, q, cache, lengths, bits=bits, scale=dim**-0.5, length=seq)
+    assert_accurate(actual, in_torch, exact)
+
+
 @given(
     lengths=st.lists(st.integers(0, 20), min_size=1, max_size=3),
     seq=st.integers(1, 7),

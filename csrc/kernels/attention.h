@@ -76,13 +76,13 @@ int64_t attention_workspace(const AttentionArgs& args, int64_t longest);
 
 void attention(const AttentionArgs& args, const Executor& executor);
 
-/// For whole sequences of one length only: `lengths` and `broken` null, all tokens from 0 on.
-void dequantize_kv(const DequantizeKvArgs& args, const Executor& executor);
+/// The same for bf16 prompts: lengths[b] = seq, no mask, window >= seq; no workspace. By tiles of
+/// bf16, to which keys, values and weights are rounded, as torch's attention does.
+void attention_prefill(const AttentionArgs& args, const Executor& executor);
 
-/// Whether torch's attention of many bf16 queries is faster than this one: where the processor
-/// multiplies tiles of bf16 (2.1x). A matter of the processor, not of the variant in use, which
-/// shows in no result.
-bool prefers_torch_attention();
+/// Whether there is that: a matter of the processor, not of the variant in use, which shows in no
+/// result.
+bool has_attention_prefill();
 
 }  // namespace cpu
 namespace cuda {

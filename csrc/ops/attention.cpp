@@ -113,18 +113,18 @@ Tensor attention_cpu(const Tensor& q, const Tensor& k_codes, const Tensor& k_sca
   Call call = checked(q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, lengths, mask, bits,
                       scale, length, window, block_table);
   AttentionArgs& args = call.args;
-  if (args.seq > kDecodeQueries && args.dtype == DType::bf16 && args.mask == nullptr &&
-      length == args.seq && args.window >= args.seq && q.numel() != 0 &&
-      cpu::prefers_torch_attention()) {
-    return causal_on_cpu(call.queries, args, scale);
-  }
   const Tensor out = new_out(q);
   if (q.numel() == 0) return out;
+  args.out = out.data_ptr();
+  if (args.seq > kDecodeQueries && args.dtype == DType::bf16 && args.mask == nullptr &&
+      length == args.seq && args.window >= args.seq && cpu::has_attention_prefill()) {
+    launch<&cpu::attention_prefill>(q, args);
+    return out;
+  }
   // A tape runs at other lengths too.
   const int64_t floats =
       cpu::attention_workspace(args, Tape::current() == nullptr ? call.longest : args.capacity);
   const Tensor workspace = new_tensor(q, {floats}, ScalarType::Float);
-  args.out = out.data_ptr();
   args.workspace = data<float>(workspace);
   launch<&cpu::attention>(q, args);
   return out;

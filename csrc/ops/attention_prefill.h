@@ -1,7 +1,6 @@
 // Attention for many queries by torch's own, on tiles of the dequantized cache. A tile is some
 // sequences, or some cache heads of one, with all their keys; so memory stays bounded and every
-// call has whole rows of scores. On the CPU, where torch multiplies bf16 by tiles, for prompts
-// without padding only (`causal_on_cpu`); what follows is about CUDA.
+// call has whole rows of scores. For CUDA.
 //
 // Where the caller knows that all sequences hold just the new tokens (`length` = seq, no mask, no
 // narrower window), one causal call does it. Else a mask says what each query sees, as lengths are
@@ -52,37 +51,6 @@ inline Tensor every(const Tensor& x, int64_t dim, int64_t start, int64_t count, 
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::slice", "Tensor", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-/// On the CPU: of the first seq tokens of each sequence, of which all are queries. A tile is
-/// `heads` cache heads of a sequence.
-inline Tensor causal_on_cpu(const Tensor& q, const AttentionArgs& a, double scale) {
-  if (Tape* tape = Tape::current(); tape != nullptr) tape->spoil();
-  const int64_t head_bytes = 2 * a.seq * a.head_dim * 2, group = a.heads / a.kv_heads;
-  const int64_t heads = std::clamp<int64_t>(kKeysAndValuesBytes / 4 / head_bytes, 1, a.kv_heads);
-  const Tensor out = new_tensor(q, {a.batch, a.seq, a.heads, a.head_dim}, q.scalar_type());
-  for (int64_t b = 0; b < a.batch; ++b) {
-    for (int64_t h = 0; h < a.kv_heads; h += heads) {
-      const int64_t some = std::min(heads, a.kv_heads - h);
-      const Sizes sizes{1, some, a.seq, a.head_dim};
-      const Tensor keys = new_tensor(q, sizes, q.scalar_type());
-      const Tensor values = new_tensor(q, sizes, q.scalar_type());
-      launch<&cpu::dequantize_kv>(
-          q, DequantizeKvArgs{keys.data_ptr(), values.data_ptr(), nullptr, nullptr, a.k, a.v,
-                              nullptr, a.dtype, a.seq, b * a.kv_heads + h, some, a.seq, -kNoWindow,
-                              a.kv_heads, a.head_dim, a.capacity, a.bits, a.pages});
-      const auto part = [&](const Tensor& x) {
-        return torch::stable::transpose(every(every(x, 0, b, 1), 2, h * group, some * group), 1, 2);
-      };
-      const Tensor result = torch_attention(part(q), keys, values, std::nullopt, true, scale, true);
-      if (a.batch == 1 && some == a.kv_heads) {  // laid out so by torch already, as a rule
-        return torch::stable::contiguous(torch::stable::transpose(result, 1, 2));
-      }
-      Tensor to = part(out);
-      torch::stable::copy_(to, result);
-    }
-  }
-  return out;
 }
 
 /// Attention of many queries: `a` without `out` and the workspace, whose q is `q`; `length`: that

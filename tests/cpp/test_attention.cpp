@@ -8,7 +8,6 @@
 namespace quarot::cpu {
 QUAROT_DECLARE_VARIANTS(void attention(const AttentionArgs&, const AttentionSplit&,
                                        const Executor&))
-QUAROT_DECLARE_VARIANTS(void dequantize_kv(const DequantizeKvArgs&, const Executor&))
 }  // namespace quarot::cpu
 
 namespace quarot::testing {
@@ -186,7 +185,7 @@ struct Call {
     return out;
   }
 
-  void check(const std::vector<uint8_t>& out, const char* what) const {
+  void check(const std::vector<uint8_t>& out, const char* what, double near = 1e-5) const {
     const double rounding = dtype == DType::f32 ? 0 : dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
     for (int64_t b = 0; b < batch; ++b) {
       for (int64_t t = 0; t < s.seq; ++t) {
@@ -196,10 +195,10 @@ struct Call {
             const int64_t at = ((b * s.seq + t) * s.heads + h) * s.head_dim + i;
             const double got = from_bits(dtype, out.data(), at),
                          wanted = want[static_cast<size_t>(i)];
-            const bool near = std::isnan(wanted)
-                                  ? std::isnan(got)
-                                  : std::abs(got - wanted) <= 1e-5 + rounding * std::abs(wanted);
-            CHECK(near, what, " seq ", s.seq, " dim ", s.head_dim, " bits ", bits, " at ", b, ",",
+            const bool right = std::isnan(wanted)
+                                   ? std::isnan(got)
+                                   : std::abs(got - wanted) <= near + rounding * std::abs(wanted);
+            CHECK(right, what, " seq ", s.seq, " dim ", s.head_dim, " bits ", bits, " at ", b, ",",
                   t, ",", h, ",", i, ": ", got, " for ", wanted);
           }
         }
@@ -313,47 +312,43 @@ TEST(attention_of_queries_of_zeros_and_of_no_numbers) {
   }
 }
 
-TEST(dequantized_keys_and_values_are_those_of_the_cache) {
-  for (const auto& [dim, page] : {std::pair{64, 0}, {80, 48}, {8, 16}}) {
+TEST(attention_of_prompts_by_tiles) {
+  const std::vector<Shape> prompts = {
+      {33, 2, 1, 64, {33}},          // one query beyond a block
+      {300, 3, 3, 64, {300}},        // keys of two rounds
+      {70, 6, 2, 80, {70, 70, 70}},  // a head that is no whole tiles
+      {48, 1, 1, 8, {48}},           // less than one
+      {512, 2, 1, 128, {512}},      {40, 4, 2, 256, {40, 40}}, {5, 1, 1, 32, {5}}};
+  for (const Shape& shape : prompts) {
     for (const int bits : {4, 8}) {
-      for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
-        Call call({1, 2, 2, dim, {70, 70}}, dtype, bits, Mask::none, {kNoWindow, page});
-        call.k.scale[call.slot(1, 0, 3)] = 0x7e00;
-        call.v.scale[call.slot(1, 1, 66)] = 0x7c00;
-        constexpr int64_t kTokens = 70, kPairs = 3;  // of four: the first is left out
-        std::vector<uint8_t> want;
-        for (const cpu::Isa isa : available_isas()) {
-          const int64_t size = kPairs * kTokens * dim;
-          Guarded<uint8_t> keys(size * bytes_of(dtype), 0xee), values(keys.size(), 0xee);
-          const DequantizeKvArgs args{
-              keys.data(),   values.data(), nullptr,     nullptr, call.k.view(),
-              call.v.view(), nullptr,       dtype,       kTokens, 1,
-              kPairs,        kTokens,       -kNoWindow,  2,       dim,
-              call.capacity, bits,          call.pages()};
-          VARIANT(isa, dequantize_kv)(args, threaded(3));
-          std::vector<uint8_t> got(keys.data(), keys.data() + keys.size());
-          got.insert(got.end(), values.data(), values.data() + values.size());
-          if (want.empty()) want = got;
-          CHECK(got == want, cpu::isa_name(isa), " dim ", dim, " bits ", bits);
-          for (int64_t i = 0; i < size; ++i) {
-            const int64_t pair = 1 + i / dim / kTokens, token = i / dim % kTokens;
-            const int64_t slot = call.slot(pair / 2, pair % 2, token);
-            const float key = from_bits(dtype, keys.data(), i);
-            const float value = from_bits(dtype, values.data(), i);
-            if ((pair == 2 && token == 3) || (pair == 3 && token == 66)) {
-              CHECK(std::isnan(key) && value == 0, "pair ", pair, " token ", token);
-              continue;
-            }
-            uint8_t exact[4];
-            to_bits(dtype, exact, 0, static_cast<float>(call.k.at(slot, dim, bits, i % dim)));
-            CHECK(key == from_bits(dtype, exact, 0), "key ", i);
-            to_bits(dtype, exact, 0, static_cast<float>(call.v.at(slot, dim, bits, i % dim)));
-            CHECK(value == from_bits(dtype, exact, 0), "value ", i);
-          }
+      for (const Options options : {Options{}, {kNoWindow, 48}}) {
+        Call call(shape, DType::bf16, bits, Mask::none, options);
+        if (!cpu::has_attention_prefill()) {
+          CHECK_THROWS(call.run(&cpu::attention_prefill, serial()), "no tiles");
+          continue;
         }
+        const auto clean = call.run(&cpu::attention_prefill, serial());
+        for (int threads : {2, 3}) {
+          CHECK(call.run(&cpu::attention_prefill, threaded(threads)) == clean, threads, " threads");
+        }
+        // Keys, values and weights are bf16 of up to 3.
+        call.check(clean, "by tiles", 3 * 0x1p-6);
+        const int64_t last = call.batch - 1;
+        call.k.scale[call.slot(last, 0, shape.seq / 2)] = 0x7e00;
+        call.v.scale[call.slot(last, shape.kv_heads - 1, shape.seq - 2)] = 0x7e00;
+        call.check(call.run(&cpu::attention_prefill, serial()), "with NaN", 3 * 0x1p-6);
       }
     }
   }
+}
+
+TEST(attention_of_prompts_refuses_what_is_none) {
+  if (!cpu::has_attention_prefill()) return;  // which it says first, see above
+  const auto run = [](const Call& call) { return call.run(&cpu::attention_prefill, serial()); };
+  CHECK_THROWS(run({{33, 1, 1, 8, {40}}, DType::bf16, 4, Mask::none}), "must be seq");
+  CHECK_THROWS(run({{33, 1, 1, 8, {33}}, DType::f16, 4, Mask::none}), "bf16");
+  CHECK_THROWS(run({{33, 1, 1, 8, {33}}, DType::bf16, 4, Mask::shared}), "mask");
+  CHECK_THROWS(run({{33, 1, 1, 8, {33}}, DType::bf16, 4, Mask::none, {32}}), "window");
 }
 
 TEST(attention_refuses_pages_that_there_are_not) {

@@ -151,13 +151,6 @@ struct Few {
       for (int i = 0; i < kVectors; ++i) store(words + (part + i) * kLanes, v[i]);
     }
   }
-  template <int kStride, int kCount>
-  static QUAROT_INLINE void exchange_all(I32 (&v)[kCount]) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kCount; ++i) {
-      if ((i & kStride) == 0) exchange<kStride>(v[i], v[i + kStride]);
-    }
-  }
 
   /// scores [R, 16] (rows `stride` apart)  <-  queries [R] times the group's keys, whose words are
   /// transposed.

@@ -16,14 +16,13 @@
 namespace quarot::cpu {
 namespace {
 
-/// Whether the processor multiplies tiles of int8 and the kernel lets this process use them.
+/// Whether the processor multiplies tiles of int8 and of bf16 and the kernel lets this process use
+/// them.
 bool has_amx() {
 #if defined(QUAROT_WITH_AMX)
-  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;  // of leaf 7's edx
+  constexpr unsigned kTiles = 1u << 24 | 1u << 25 | 1u << 22;  // of leaf 7's edx: tile, int8, bf16
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTile) == 0 || (d & kInt8) == 0) {
-    return false;
-  }
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTiles) != kTiles) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, its feature
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else

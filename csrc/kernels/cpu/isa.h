@@ -1,7 +1,7 @@
 // Which instruction set the CPU kernels use. Every <family>_isa.cpp is compiled once per variant,
 // into the namespace quarot::cpu::<variant>; <family>.cpp declares the copies with
 // QUAROT_DECLARE_VARIANTS and picks one with QUAROT_PICK, once a process. linear_int4 alone has a
-// copy in quarot::cpu::amx too.
+// copy in quarot::cpu::amx too; <family>_amx.cpp is compiled there only.
 #pragma once
 
 namespace quarot::cpu {

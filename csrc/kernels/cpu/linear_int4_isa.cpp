@@ -305,9 +305,8 @@ constexpr int64_t kUnpackedBytes = kSegment * kLanes;
 #if defined(__AMX_INT8__)
 
 constexpr int64_t kTileColumns = kTileBytes;
-constexpr int64_t kTile = kTileRows * kTileColumns;  // bytes
-constexpr int64_t kPairRows = 2 * kTileRows;         // of the sums: two by two tiles
-constexpr int64_t kPairChannels = 2 * kLanes;
+constexpr int64_t kPairRows = kPair;  // of the sums: two by two tiles
+constexpr int64_t kPairChannels = kPair;
 /// The segment's weights and 32 rows of it are 16 KB each: they share the L1.
 constexpr int64_t kTileSegment = 512;
 /// A task's rows stay in the L2 while the tasks beside it read them; at least so many, as the
@@ -346,42 +345,6 @@ void unpack_tiles(uint8_t* tiles, int64_t which, const uint8_t* w, int64_t colum
       store_signed(tile + (2 * i + 1) * kStepBytes, high_codes(word));
     }
   }
-}
-
-/// acc [32, 32] = (add ? acc : 0) + x [32, columns] * w [columns, 32], all in tiles; of x the
-/// second sixteen rows, if there are any, are x_next further.
-template <bool kSecond>
-QUAROT_INLINE void multiply_tiles(int32_t* acc, const int8_t* x, int64_t x_next, const uint8_t* w,
-                                  int64_t columns, bool add) {
-  constexpr int64_t kStride = kPairChannels * 4;
-  int32_t* below = acc + kTileRows * kPairChannels;
-  if (add) {
-    _tile_loadd(0, acc, kStride);
-    _tile_loadd(1, acc + kLanes, kStride);
-    if (kSecond) _tile_loadd(2, below, kStride);
-    if (kSecond) _tile_loadd(3, below + kLanes, kStride);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    if (kSecond) _tile_zero(2);
-    if (kSecond) _tile_zero(3);
-  }
-  for (int64_t c = 0; c < columns; c += kTileColumns, x += kTile, w += 2 * kTile) {
-    _tile_loadd(4, x, kTileColumns);
-    _tile_loadd(6, w, kStepBytes);
-    _tile_dpbssd(0, 4, 6);
-    _tile_loadd(7, w + kTile, kStepBytes);
-    _tile_dpbssd(1, 4, 7);
-    if (kSecond) {
-      _tile_loadd(5, x + x_next, kTileColumns);
-      _tile_dpbssd(2, 5, 6);
-      _tile_dpbssd(3, 5, 7);
-    }
-  }
-  _tile_stored(0, acc, kStride);
-  _tile_stored(1, acc + kLanes, kStride);
-  if (kSecond) _tile_stored(2, below, kStride);
-  if (kSecond) _tile_stored(3, below + kLanes, kStride);
 }
 
 typedef uint16_t U16x32 __attribute__((vector_size(64)));
@@ -445,9 +408,9 @@ void run_tile(const LinearInt4Args& a, const Tile& tile, const int8_t* x, float*
       int32_t* sums = acc + (first && last ? 0 : r * kPairChannels);
       const int8_t* from = x + (tile.row + r) * a.k + begin * kTileRows;
       if (rows > kTileRows) {
-        multiply_tiles<true>(sums, from, a.k * kTileRows, w, end - begin, !first);
+        multiply_tiles<int8_t, true>(sums, from, a.k * kTileRows, w, end - begin, !first);
       } else {
-        multiply_tiles<false>(sums, from, 0, w, end - begin, !first);
+        multiply_tiles<int8_t, false>(sums, from, 0, w, end - begin, !first);
       }
       if (!last) continue;
       const Tile part{tile.row + r, rows, tile.block, tile.blocks};

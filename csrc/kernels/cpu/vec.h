@@ -477,6 +477,22 @@ QUAROT_INLINE void exchange(Pair<Half>& a, Pair<Half>& b) {
   }
 }
 
+/// The step of all vectors whose index lacks kStride with those that have it.
+template <int kStride, int kCount>
+QUAROT_INLINE void exchange_all(I32 (&v)[kCount]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount; ++i) {
+    if ((i & kStride) == 0) exchange<kStride>(v[i], v[i + kStride]);
+  }
+}
+/// Lane j of vector i changes places with lane i of vector j.
+QUAROT_INLINE void transpose(I32 (&v)[kLanes]) {
+  exchange_all<1>(v);
+  exchange_all<2>(v);
+  exchange_all<4>(v);
+  exchange_all<8>(v);
+}
+
 // ---- Bytes that change places, within each 16 of them ----
 
 /// Pieces of kBytes of a and b in turn: a gets the lower eight bytes of both, b the upper.
