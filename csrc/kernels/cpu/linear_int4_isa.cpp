@@ -307,8 +307,9 @@ constexpr int64_t kUnpackedBytes = kSegment * kLanes;
 constexpr int64_t kTileColumns = kTileBytes;
 constexpr int64_t kPairRows = kPair;  // of the sums: two by two tiles
 constexpr int64_t kPairChannels = kPair;
-/// The segment's weights and 32 rows of it are 16 KB each: they share the L1.
-constexpr int64_t kTileSegment = 512;
+/// The segment's weights and 32 rows of it are 16 KB each: they share the L1. 20 KB still fit where
+/// that makes one segment, whose sums need not come back.
+constexpr int64_t kTileSegment = 512, kWholeSegment = 640;
 /// A task's rows stay in the L2 while the tasks beside it read them; at least so many, as the
 /// weights are unpacked once a task.
 constexpr int64_t kTaskBytes = int64_t{1} << 20;
@@ -385,14 +386,14 @@ void end_plain_pair(const LinearInt4Args& a, const Tile& tile, const int32_t* ac
 void run_tile(const LinearInt4Args& a, const Tile& tile, const int8_t* x, float* scratch) {
   auto* acc = reinterpret_cast<int32_t*>(scratch);                      // [kTaskRows, 32]
   float* y = scratch + kTaskRows * kPairChannels;                       // the same
-  auto* w = reinterpret_cast<uint8_t*>(y + kTaskRows * kPairChannels);  // [kTileSegment / 64, 2]
+  auto* w = reinterpret_cast<uint8_t*>(y + kTaskRows * kPairChannels);  // [kWholeSegment / 64, 2]
   const int64_t width = a.k / a.groups;
   const bool plain = tile.blocks == 2 && is_plain(a, tile.block) && is_plain(a, tile.block + 1);
   for (int64_t begin = 0, end; begin < a.k; begin = end) {
     const int64_t group = begin / width, group_end = (group + 1) * width;
     // Segments of a group as equal as can be.
-    const int64_t parts = ceil_div(group_end - begin, kTileSegment);
-    const int64_t tiles = (group_end - begin) / kTileColumns;
+    const int64_t columns = group_end - begin, tiles = columns / kTileColumns;
+    const int64_t parts = columns <= kWholeSegment ? 1 : ceil_div(columns, kTileSegment);
     end = begin + ceil_div(tiles, parts) * kTileColumns;
     for (int64_t i = 0; i < tile.blocks; ++i) {
       unpack_tiles(w, i,
@@ -428,7 +429,7 @@ void run_tile(const LinearInt4Args& a, const Tile& tile, const int8_t* x, float*
 }
 
 constexpr int64_t kTilesScratch =  // floats
-    2 * kTaskRows * kPairChannels + kTileSegment * kPairChannels / 4;
+    2 * kTaskRows * kPairChannels + kWholeSegment * kPairChannels / 4;
 
 void run_tiles(const LinearInt4Args& a, const Executor& executor) {
   const Scratch copy(ceil_div(a.m, kTileRows) * kTileRows * a.k / 4);
